@@ -1,7 +1,12 @@
 """cephalo_lite: several Phi-3-Vision experts, one mixture that answers."""
 
 from . import moe, phi3v
+from .chat import Answer, Chat, ask, stream
+from .loading import load
 from .moe import Phi3VMoeConfig, Phi3VMoeForCausalLM, select_expert
+from .moe.build import BuildReport, build_moe
+from .moe.gates import get_gates, load_gates, save_gates, set_gates, train_gates
+from .moe.trace import RoutingTrace, trace_routing
 from .phi3v import (
     Phi3VConfig,
     Phi3VForCausalLM,
@@ -9,12 +14,16 @@ from .phi3v import (
     Phi3VModel,
     Phi3VProcessor,
 )
+from .presets import Preset, preset
 
 phi3v.register()
 moe.register()
 
 __version__ = "0.1.0"
 __all__ = [
+    "Answer",
+    "BuildReport",
+    "Chat",
     "Phi3VConfig",
     "Phi3VForCausalLM",
     "Phi3VImageProcessor",
@@ -22,5 +31,18 @@ __all__ = [
     "Phi3VMoeConfig",
     "Phi3VMoeForCausalLM",
     "Phi3VProcessor",
+    "Preset",
+    "RoutingTrace",
+    "ask",
+    "build_moe",
+    "get_gates",
+    "load",
+    "load_gates",
+    "preset",
+    "save_gates",
     "select_expert",
+    "set_gates",
+    "stream",
+    "trace_routing",
+    "train_gates",
 ]

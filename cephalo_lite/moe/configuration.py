@@ -49,23 +49,31 @@ class Phi3VMoeConfig(Phi3VConfig):
 
         if not 1 <= self.k <= self.num_expert_models:
             raise ValueError(
-                f"k={self.k} experts per token, but num_expert_models={self.num_expert_models}: choose "
-                "1 <= k <= num_expert_models."
+                f"k={self.k} experts per token, but num_expert_models={self.num_expert_models}: "
+                "choose 1 <= k <= num_expert_models."
             )
         if self.router not in ROUTERS:
             raise ValueError(f"router={self.router!r} is not one of {', '.join(sorted(ROUTERS))}.")
         if self.expert_names is None:
             self.expert_names = [f"expert {number}" for number in range(self.num_expert_models)]
         if len(self.expert_names) != self.num_expert_models:
-            raise ValueError(f"{len(self.expert_names)} expert_names for {self.num_expert_models} experts.")
+            raise ValueError(
+                f"{len(self.expert_names)} expert_names for {self.num_expert_models} experts."
+            )
+        if self.moe_layers is not None and not self.moe_layers:
+            raise ValueError("moe_layers is empty: name at least one layer, or None for all.")
         wrong = set(self.moe_layers or []) - set(range(self.num_hidden_layers))
         if wrong:
-            raise ValueError(f"moe_layers {sorted(wrong)}: the model has layers 0..{self.num_hidden_layers - 1}.")
+            raise ValueError(
+                f"moe_layers {sorted(wrong)}: the model has layers 0..{self.num_hidden_layers - 1}."
+            )
         self.output_router_logits = self.output_router_logits or self.router_aux_loss_coef > 0
         super().__post_init__(**kwargs)
 
     @classmethod
-    def from_dense(cls, config: Phi3VConfig, num_experts: int, experts_per_token: int = 1, **fields: Any):
+    def from_dense(
+        cls, config: Phi3VConfig, num_experts: int, experts_per_token: int = 1, **fields: Any
+    ) -> Phi3VMoeConfig:
         """The configuration of a mixture whose every part but the experts is like `config`."""
         dense = {key: value for key, value in config.to_dict().items() if key not in DENSE_ONLY}
         return cls(**dense, num_expert_models=num_experts, k=experts_per_token, **fields)
@@ -73,4 +81,4 @@ class Phi3VMoeConfig(Phi3VConfig):
     @property
     def mixed_layers(self) -> list[int]:
         """Layers that have experts, in order."""
-        return sorted(self.moe_layers) if self.moe_layers is not None else list(range(self.num_hidden_layers))
+        return sorted(set(self.moe_layers or range(self.num_hidden_layers)))

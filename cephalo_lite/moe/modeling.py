@@ -1,68 +1,23 @@
-"""Phi-3-Vision with experts: fused expert weights, the MoE block, and the model."""
+"""Phi-3-Vision with experts: the MoE block, and the model."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
-from transformers.integrations import use_experts_implementation
+from transformers import initialization as init
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils.output_capturing import OutputRecorder
 
 from ..phi3v.modeling import Phi3VForCausalLM, Phi3VModel
+from .assembling import mixture_state
 from .configuration import Phi3VMoeConfig
+from .experts import ChoosesExperts, Phi3VExperts
 from .routing import ROUTERS, Router
-
-
-@use_experts_implementation
-class Phi3VExperts(nn.Module):
-    """The MLPs of all experts of a layer, as two tensors.
-
-    `config._experts_implementation` chooses how they are computed ("eager" is the loop below; transformers
-    adds "grouped_mm", "batched_mm" and others).
-    """
-
-    def __init__(self, config: Phi3VMoeConfig):
-        super().__init__()
-        self.num_experts = config.num_expert_models
-        width, inner = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * inner, width))
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, width, inner))
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Each token through its chosen experts.
-
-        Args:
-            hidden_states: (N, D).
-            top_k_index: (N, K) numbers of the chosen experts.
-            top_k_weights: (N, K).
-
-        Returns:
-            (N, D) weighted sums.
-        """
-        tokens, chosen = top_k_index.shape
-        order = top_k_index.flatten().argsort(stable=True)  # (N * K,) pairs, grouped by expert
-        counts = torch.bincount(top_k_index.flatten(), minlength=self.num_experts).tolist()
-        grouped = hidden_states if tokens == 1 else hidden_states[order // chosen]  # (N * K, D)
-        if tokens == 1 and chosen > 1:
-            grouped = grouped.expand(chosen, -1)
-        outputs = []
-        for expert, part in enumerate(grouped.split(counts)):
-            if len(part):
-                gate, up = nn.functional.linear(part, self.gate_up_proj[expert]).chunk(2, dim=-1)
-                outputs.append(nn.functional.linear(self.act_fn(gate) * up, self.down_proj[expert]))
-        weights = top_k_weights.flatten()[order, None].to(hidden_states.dtype)
-        out = torch.cat(outputs) * weights  # (N * K, D)
-        if chosen == 1:
-            return out if tokens == 1 else torch.empty_like(out).index_copy(0, order, out)
-        pairs = torch.empty_like(out).index_copy(0, order, out)
-        return pairs.view(tokens, chosen, -1).sum(dim=1)
 
 
 class MoeBlock(nn.Module):
@@ -81,12 +36,15 @@ class MoeBlock(nn.Module):
         return out.view_as(hidden_states)
 
 
-class Phi3VMoeModel(Phi3VModel):
+class Phi3VMoeModel(ChoosesExperts, Phi3VModel):
     """Phi-3-Vision's decoder with experts in `config.mixed_layers`."""
 
     config: Phi3VMoeConfig
     config_class = Phi3VMoeConfig
-    _can_record_outputs = {**Phi3VModel._can_record_outputs, "router_logits": OutputRecorder(Router, index=0)}
+    _can_record_outputs = {
+        **Phi3VModel._can_record_outputs,
+        "router_logits": OutputRecorder(Router, index=0),
+    }
 
     def __init__(self, config: Phi3VMoeConfig):
         super().__init__(config)
@@ -95,11 +53,12 @@ class Phi3VMoeModel(Phi3VModel):
         self.post_init()
 
 
-class Phi3VMoeForCausalLM(Phi3VForCausalLM):
+class Phi3VMoeForCausalLM(ChoosesExperts, Phi3VForCausalLM):
     """The mixture of Phi-3-Vision experts; reads and writes the published Cephalo layout.
 
     Example:
-        >>> model = Phi3VMoeForCausalLM.from_pretrained("lamm-mit/Cephalo-Phi-3-MoE-vision-128k-3x4b-beta")
+        >>> name = "lamm-mit/Cephalo-Phi-3-MoE-vision-128k-3x4b-beta"
+        >>> model = Phi3VMoeForCausalLM.from_pretrained(name)
         >>> model = Phi3VMoeForCausalLM.from_experts(base, [materials, general, latex])
     """
 
@@ -112,7 +71,7 @@ class Phi3VMoeForCausalLM(Phi3VForCausalLM):
         super()._init_weights(module)
         if isinstance(module, Phi3VExperts):
             for weight in (module.gate_up_proj, module.down_proj):
-                nn.init.normal_(weight, std=self.config.initializer_range)
+                init.normal_(weight, std=self.config.initializer_range)
         elif isinstance(module, Router):
             module.reset_parameters()
 
@@ -123,7 +82,7 @@ class Phi3VMoeForCausalLM(Phi3VForCausalLM):
         expert_models: Sequence[Phi3VForCausalLM],
         experts_per_token: int = 1,
         seed: int = 0,
-        **fields,
+        **fields: Any,
     ) -> Phi3VMoeForCausalLM:
         """A mixture of models in memory; the sources are copied and stay as they are.
 
@@ -142,39 +101,27 @@ class Phi3VMoeForCausalLM(Phi3VForCausalLM):
         config = cls.config_class.from_dense(
             base_model.config, len(expert_models), experts_per_token, **fields
         )
+        config._attn_implementation = base_model.config._attn_implementation
         with torch.device("meta"):
             model = cls(config)
-        state = {key: value.detach().clone() for key, value in base_model.state_dict().items()}
-        for layer in config.mixed_layers:
-            prefix = f"model.layers.{layer}.mlp."
-            for name in ("gate_up_proj", "down_proj"):
-                own = state.pop(f"{prefix}{name}.weight")
-                parts = [expert.state_dict()[f"{prefix}{name}.weight"] for expert in expert_models]
-                wrong = [tuple(part.shape) for part in parts if part.shape != own.shape]
-                if wrong:
-                    raise ValueError(f"{prefix}{name}: an expert has {wrong[0]}, the base {tuple(own.shape)}.")
-                state[f"{prefix}experts.{name}"] = torch.stack([p.to(own.device, own.dtype) for p in parts])
-        generator = torch.Generator().manual_seed(seed)
-        for layer in config.mixed_layers:
-            prefix, like = f"model.layers.{layer}.mlp.gating_layer.gate.", base_model.lm_head.weight
-            shape = (config.num_expert_models, config.hidden_size)
-            weight = torch.randn(shape, generator=generator) * Router.init_std
-            state[f"{prefix}weight"] = weight.to(like.device, like.dtype)
-            state[f"{prefix}bias"] = torch.zeros(shape[0], device=like.device, dtype=like.dtype)
+        state = mixture_state(base_model, expert_models, config.mixed_layers, seed)
         model.load_state_dict(state, assign=True)
-        for name, buffer in base_model.named_buffers():  # position factors are not part of the weights
-            owner = model.get_submodule(name.rpartition(".")[0])
-            setattr(owner, name.rpartition(".")[2], buffer.clone())
-        model.generation_config = base_model.generation_config
-        model.train(base_model.training)
-        return model
+        for name, buffer in base_model.named_buffers():  # position factors: in no state dict
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, buffer.clone())
+        model.tie_weights()
+        model.generation_config = copy.deepcopy(base_model.generation_config)
+        return model.train(base_model.training)
 
     def _output(self, outputs, logits, loss, attention_mask) -> MoeCausalLMOutputWithPast:
-        """Add the routers' scores and the load-balance loss, where `output_router_logits` asks for them."""
+        """Add the routers' scores and the load-balance loss where `output_router_logits` asks."""
         scores, balance = getattr(outputs, "router_logits", None), None
         if scores:
+            mask = attention_mask if getattr(attention_mask, "ndim", 0) == 2 else None
+            if mask is not None:  # while generating it covers the cache as well
+                mask = mask[:, -(len(scores[0]) // len(mask)) :]
             balance = load_balancing_loss_func(
-                scores, self.config.num_expert_models, self.config.k, attention_mask
+                scores, self.config.num_expert_models, self.config.k, mask
             )
             if loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * balance.to(loss.device)

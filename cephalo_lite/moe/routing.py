@@ -23,12 +23,14 @@ class RouterOutput(NamedTuple):
 class Router(nn.Module):
     """A linear gate with bias, softmax, top-k; subclasses say how probabilities become weights.
 
-    With one expert per token the weight is 1, whatever the gate thinks, and no gradient would reach it.
-    So the weight is passed *straight through*: forward it stays 1, backward it is the chosen probability.
+    With one expert per token the weight is 1, whatever the gate thinks, and no gradient would reach
+    it. So the weight is passed *straight through*: forward it stays 1, backward it is the chosen
+    probability.
 
     Attributes:
         straight_through: False restores the 2024 behaviour (with k=1 the gate learns nothing).
-        selected: number of the expert that all tokens are sent to, or None to route; see `select_expert`.
+        selected: number of the expert that all tokens are sent to, or None to route; see
+            `select_expert`.
     """
 
     init_std = 0.02
@@ -45,7 +47,7 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
-        """Small random weights and no bias: no expert is preferred before the gate has been trained."""
+        """Small random weights and no bias: at first no expert is preferred."""
         init.normal_(self.gate.weight, std=self.init_std)
         init.zeros_(self.gate.bias)
 
@@ -60,7 +62,7 @@ class Router(nn.Module):
             return RouterOutput(logits, probs, weights, chosen)
         values, chosen = probs.topk(self.k, dim=-1)  # (N, K), (N, K)
         weights = self.weigh(values)
-        if self.k == 1 and self.straight_through:
+        if self.k == 1 and self.straight_through and torch.is_grad_enabled():
             weights = weights.detach() + (values - values.detach())
         return RouterOutput(logits, probs, weights, chosen)
 
@@ -68,12 +70,13 @@ class Router(nn.Module):
 class CephaloRouter(Router):
     """The published weighting: softmax of the chosen *probabilities*.
 
-    It flattens the mixture: two experts get weights between 0.27 and 0.73, however sure the gate is.
+    It flattens the mixture: two experts get weights between 0.27 and 0.73, however sure the gate
+    is.
     Source: moe_phi3_v.py of lamm-mit/Cephalo-Phi-3-Vision-MoE, measured.
     """
 
     def weigh(self, values: torch.Tensor) -> torch.Tensor:
-        """softmax(values)."""
+        """Softmax over the K chosen values."""
         return values.softmax(dim=-1)
 
 
@@ -81,7 +84,7 @@ class RenormalisedRouter(Router):
     """The chosen probabilities divided by their sum, as in Mixtral (arXiv 2401.04088)."""
 
     def weigh(self, values: torch.Tensor) -> torch.Tensor:
-        """values / sum(values)."""
+        """Each value divided by the sum of its row."""
         return values / values.sum(dim=-1, keepdim=True)
 
 
@@ -102,7 +105,7 @@ def routers(model: nn.Module) -> list[Router]:
 
 @contextmanager
 def select_expert(model: nn.Module, expert: int | None) -> Iterator[None]:
-    """Within this context every token passes through one expert in every layer, as in a dense model.
+    """Within this context every token passes through one expert, as in a dense model.
 
     Args:
         model: a mixture.

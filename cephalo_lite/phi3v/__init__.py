@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
 )
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from .checkpoints import register_published_names
 from .configuration import Phi3VConfig
@@ -26,6 +27,8 @@ def register() -> None:
         Phi3VConfig, image_processor_classes={"pil": Phi3VImageProcessor}, exist_ok=True
     )
     AutoProcessor.register(Phi3VConfig, Phi3VProcessor, exist_ok=True)
+    for model_type in ("phi3_v", "phi3_v_moe"):  # published folders name LlamaTokenizer, which in
+        TOKENIZER_MAPPING_NAMES[model_type] = "TokenizersBackend"  # transformers 5 ignores tokenizer.json
     register_published_names()
 
 

@@ -34,6 +34,9 @@ class Phi3VConfig(Phi3Config):
             "sub_glb" (released: the detailed crops come before the global one) or "glb_sub".
         image_token_id: id that stands for one image token in `input_ids`: that of `<|image|>` in the
             tokenizer; None is 32044, as released, or no such id in a smaller vocabulary.
+        sliding_window: published as the number W of earlier tokens that a token sees beside itself. In
+            memory it is what transformers' masks and caches count, W + 1 tokens with the token itself,
+            or None where W leaves nothing out (the released 131072); `to_dict` writes W back.
 
     `rope_scaling` may carry the published types "su" and "yarn" or the newer name "longrope"; the name
     is kept, and `to_dict` writes `rope_theta` and `rope_scaling` back as they were published.
@@ -81,6 +84,12 @@ class Phi3VConfig(Phi3Config):
                 "use_hd_transform": True,
                 "with_learnable_separator": True,
             }
+        self._unlimited_window = None  # a published window that leaves nothing out, to be written back
+        if self.sliding_window is not None:
+            if self.sliding_window >= self.max_position_embeddings:
+                self._unlimited_window, self.sliding_window = self.sliding_window, None
+            else:
+                self.sliding_window += 1
         super().__post_init__(**kwargs)
 
     @property
@@ -96,9 +105,9 @@ class Phi3VConfig(Phi3Config):
 
     def convert_rope_params_to_dict(self, **kwargs):
         """Read the published `rope_scaling`; transformers knows its three types as one, "longrope"."""
-        published = kwargs.get("rope_scaling")
+        published = kwargs.get("rope_scaling") or self.rope_parameters
         if published:
-            kind = published.get("type", published.get("rope_type"))
+            kind = published.get("type") or published.get("rope_type") or "default"
             scaling = {**published, "type": kind, "rope_type": kind}
             if kind in LONG_ROPE_NAMES:
                 scaling["rope_type"] = "longrope"
@@ -113,8 +122,10 @@ class Phi3VConfig(Phi3Config):
         return super().convert_rope_params_to_dict(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields under their published names (`rope_theta`, `rope_scaling`)."""
+        """The fields as published: `rope_theta`, `rope_scaling`, `sliding_window`."""
         out = super().to_dict()
+        window = out.pop("_unlimited_window", None)
+        out["sliding_window"] = window if self.sliding_window is None else self.sliding_window - 1
         rope = out.pop("rope_parameters", None) or {}
         out["rope_theta"] = rope.get("rope_theta", 10000.0)
         out["rope_scaling"] = None

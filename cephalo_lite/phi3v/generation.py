@@ -6,17 +6,32 @@ from typing import Any
 
 import torch
 
-RELEASED_VOCABULARY = 32064
+from .configuration import RELEASED_IMAGE_TOKEN
+
 RELEASED_STOPS = [2, 32000, 32007]  # </s>, <|endoftext|>, <|end|>: published files name only the first
 
 
 class Phi3VGeneration:
     """Mix-in before `GenerationMixin` for the dense model and the mixture."""
 
+    def generate(self, inputs=None, *args, **kwargs):
+        """As in transformers; padding on the right, after which no answer could begin, is moved to the left."""
+        ids, mask = kwargs.get("input_ids", inputs), kwargs.get("attention_mask")
+        if ids is not None and mask is not None and mask.shape == ids.shape and not mask[:, -1].all():
+            order = mask.argsort(dim=-1, stable=True)
+            kwargs.pop("input_ids", None)
+            inputs, kwargs["attention_mask"] = ids.gather(1, order), mask.gather(1, order)
+        return super().generate(inputs, *args, **kwargs)
+
     def _prepare_generation_config(self, generation_config, **kwargs):
+        named = kwargs.get("eos_token_id") is not None  # whoever names a stop in the call means it
         config, rest = super()._prepare_generation_config(generation_config, **kwargs)
-        if config.eos_token_id in (2, [2]) and self.config.vocab_size == RELEASED_VOCABULARY:
+        image_token = self.config.image_token_id
+        if config.eos_token_id in (2, [2]) and image_token == RELEASED_IMAGE_TOKEN and not named:
             config.eos_token_id = list(RELEASED_STOPS)
+        if config.prompt_lookup_num_tokens is not None and image_token is not None:
+            # guesses copied from the prompt must not show pictures
+            config.suppress_tokens = [*(config.suppress_tokens or []), image_token]
         return config, rest
 
     def prepare_inputs_for_generation(
@@ -54,14 +69,44 @@ class Phi3VGeneration:
             **kwargs,
         )
         unread = inputs.get("input_ids")
-        if pixel_values is None or unread is None or unread.shape[1] == 1:
+        if unread is None or unread.shape[1] == 1 or not self._is_image(unread).any():
             return inputs
-        if self._is_image(unread).any():
-            seen = self._pictures_in(input_ids[:, : input_ids.shape[1] - unread.shape[1]], image_sizes)
-            if seen and len(input_ids) > 1:
-                raise ValueError("A cache that holds pictures can be continued for one row only.")
-            inputs["pixel_values"], inputs["image_sizes"] = pixel_values[seen:], image_sizes[seen:]
+        if pixel_values is not None:
+            inputs["pixel_values"], inputs["image_sizes"] = pixel_values, image_sizes
+        if not is_first_iteration or (pixel_values is not None and unread.shape[1] < input_ids.shape[1]):
+            inputs |= self._unread_pictures(input_ids, unread, pixel_values, image_sizes, is_first_iteration)
         return inputs
+
+    def _unread_pictures(self, input_ids, unread, pixel_values, image_sizes, strict) -> dict[str, Any]:
+        """Inputs for the last ids of each row (`unread`), the pictures before them being in the cache.
+
+        Image tokens beyond the given pictures are an error if `strict`; else the model (or, in assisted
+        generation, its assistant) has written them, and they are embedded like any other token.
+        """
+        sizes = image_sizes if image_sizes is not None else unread.new_zeros(0, 2)
+        order, rooms, first = [], [], 0
+        ids = unread.clone()
+        for row, whole in enumerate(input_ids):
+            read, tags = whole[: len(whole) - unread.shape[1]], unread[row].clamp(max=0).neg()
+            total = self._pictures_in(whole[None], sizes[first:])
+            shown = range(self._pictures_in(read[None], sizes[first:]), total)
+            room = sum(self._tokens_of(sizes[first + shown.start : first + total]))
+            if tags.any():  # 2024 ids may show any picture of the row again: number those shown anew
+                shown = [n - 1 for n in tags.unique().tolist() if 0 < n <= len(sizes) - first]
+                room = int(tags.count_nonzero())
+                for new, n in enumerate(shown, start=1):
+                    ids[row, tags == n + 1] = -new
+            order += [first + n for n in shown]
+            rooms.append(room)
+            first += total
+        pictures = {"pixel_values": pixel_values[order], "image_sizes": sizes[order]} if order else {}
+        is_image = self._is_image(ids)
+        written = is_image & (is_image.cumsum(-1) > torch.tensor(rooms, device=ids.device)[:, None])
+        if strict or not written.any():
+            return {"pixel_values": None, "image_sizes": None, "input_ids": ids, **pictures}
+        embeds = self.model.embed(ids.masked_fill(written, 0), **pictures)
+        embeds[written] = self.get_input_embeddings()(ids[written].clamp(min=0)).to(embeds.dtype)
+        return {"input_ids": None, "inputs_embeds": embeds, "pixel_values": None, "image_sizes": None}
 
     def _is_image(self, input_ids: torch.Tensor) -> torch.Tensor:
         return (input_ids < 0) | (input_ids == self.config.image_token_id)
@@ -99,6 +144,8 @@ class Phi3VGeneration:
         """Repeat each row for its beams, with all the pictures of that row."""
         pixels = model_kwargs.pop("pixel_values", None)
         sizes = model_kwargs.pop("image_sizes", None)
+        if pixels is not None and sizes is None:
+            raise ValueError("pixel_values came without image_sizes: pass both as the processor made them.")
         rows = input_ids
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs

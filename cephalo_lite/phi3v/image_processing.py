@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+BASE64 = re.compile(r"[A-Za-z0-9+/]{100,}={0,2}")  # what no path looks like: long, and without a dot
 
 
 def load_picture(source: Any) -> Image.Image:
     """Open a picture, whatever it comes as, in RGB.
 
     Args:
-        source: PIL image; numpy or torch array (H, W), (H, W, C) or (C, H, W), uint8 or floats in 0..1;
-            path; `data:image/...;base64,` URI; http(s) URL; or the bytes of an image file.
+        source: PIL image; numpy or torch array (H, W), (H, W, C) or (C, H, W), integers in
+            0..255 or floats in 0..1 (0..255 where one is above 1); path; `data:image/...;base64,` URI or
+            base64 alone; http(s) URL; or the bytes of an image file.
 
     Raises:
         ValueError: the picture is empty, unreadable or truncated, or of an unknown type.
@@ -31,8 +34,8 @@ def load_picture(source: Any) -> Image.Image:
     try:
         if isinstance(source, (str, Path)):
             name = str(source)[:80]
-            if name.startswith("data:"):
-                source = base64.b64decode(str(source).split(",", 1)[1], validate=True)
+            if name.startswith("data:") or BASE64.fullmatch(str(source)):
+                source = base64.b64decode(str(source).split(",", 1)[-1], validate=True)
             elif name.startswith(("http://", "https://")):
                 from transformers.image_utils import load_image
 
@@ -48,15 +51,18 @@ def load_picture(source: Any) -> Image.Image:
         if 0 in source.size:
             raise ValueError(f"its size is {source.size[0]}x{source.size[1]} pixels")
         return source.convert("RGB")
-    except (OSError, ValueError, TypeError, IndexError, SyntaxError) as error:
+    except Exception as error:  # decoders of damaged files raise almost anything
+        reason = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"Could not read {name!r}: {error}. Pass a PIL image, an array (H, W, 3), a path, "
+            f"Could not read {name!r}: {reason}. Pass a PIL image, an array (H, W, 3), a path, "
             "a data URI or the bytes of a complete image file."
         ) from error
 
 
 def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
-    array = array.detach().cpu().float().numpy() if isinstance(array, torch.Tensor) else array
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu()
+        array = (array.float() if array.is_floating_point() else array).numpy()
     if array.size == 0 or array.ndim not in (2, 3):
         raise ValueError(f"an array of shape {tuple(array.shape)} is not a picture")
     if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[-1] not in (1, 3, 4):
@@ -68,7 +74,7 @@ def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
     if not np.isfinite(array).all():
         raise ValueError("the array has values that are not finite")
     if array.dtype != np.uint8:
-        scale = 255 if array.max() <= 1 else 1
+        scale = 255 if array.dtype.kind in "fb" and array.max() <= 1 else 1
         if array.min() < 0 or array.max() * scale > 255:
             raise ValueError(f"values run from {array.min():g} to {array.max():g}; want 0..1 or 0..255")
         array = np.round(array * scale).astype(np.uint8)

@@ -95,7 +95,7 @@ class Phi3VModel(Phi3Model):
     config: Phi3VConfig
     config_class = Phi3VConfig
     input_modalities = ("image", "text")
-    _no_split_modules = ["Phi3DecoderLayer", "CLIPEncoderLayer", "CLIPVisionEmbeddings"]
+    _no_split_modules = ["Phi3DecoderLayer", "Phi3VImageEmbedding"]
 
     def __init__(self, config: Phi3VConfig):
         super().__init__(config)
@@ -112,6 +112,11 @@ class Phi3VModel(Phi3Model):
         if torch.compiler.is_compiling() and pixel_values is None:
             return self.embed_tokens(input_ids)
         is_image = (input_ids < 0) | (input_ids == self.config.image_token_id)  # (B, T)
+        if input_ids.shape[1] > 1 and int(input_ids.max()) >= self.config.vocab_size:
+            raise ValueError(
+                f"input_ids hold the id {int(input_ids.max())}, the model's vocabulary ends at "
+                f"{self.config.vocab_size - 1}: the tokenizer is not this model's."
+            )
         if pixel_values is None:
             if input_ids.shape[1] > 1 and is_image.any():
                 raise ValueError(

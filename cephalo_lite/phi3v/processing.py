@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerFast
 from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
@@ -34,7 +35,7 @@ CHAT_TEMPLATE = (
     "{%- endif -%}"
     "{{- '<|end|>\\n' -}}"
     "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- endif -%}"
+    "{%- if add_generation_prompt and messages[-1]['role'] != 'assistant' -%}{{- '<|assistant|>\\n' -}}{%- endif -%}"
 )
 
 
@@ -52,10 +53,6 @@ class Phi3VProcessor(ProcessorMixin):
         chat_template: Jinja template; by default one that takes `{"type": "image"}` parts as well as
             plain strings with tags.
     """
-
-    attributes = ["image_processor", "tokenizer"]
-    image_processor_class = "AutoImageProcessor"
-    tokenizer_class = "AutoTokenizer"
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
         self.image_token = "<|image|>"
@@ -105,10 +102,14 @@ class Phi3VProcessor(ProcessorMixin):
             ValueError: pictures and tags do not match, a picture cannot be read, rows of different
                 length without padding, or truncation would cut a picture.
         """
-        if images is not None and (isinstance(text, type(None)) or not _is_text(text)) and _is_text(images):
+        tagged = text is None or _is_text(text)  # an untagged string is taken for a path then
+        if _is_text(images, tagged) and not _is_text(text, tagged):
             images, text = text, images
-        if text is None:
-            raise ValueError("No text was given: a picture needs a prompt such as '<|user|>\\n<|image_1|>\\n'.")
+        if not _is_text(text):
+            raise ValueError(
+                "No text was given: pass a prompt such as '<|user|>\\n<|image_1|>\\nWhat is shown?<|end|>\\n', "
+                "or a list of prompts."
+            )
         prompts = [text] if isinstance(text, str) else list(text)
         pictures, counts = self._deal(prompts, images)
         features = self._pictures(pictures, prompts, counts, num_crops)
@@ -118,7 +119,8 @@ class Phi3VProcessor(ProcessorMixin):
             own = None if count is None else tokens[first : first + count]
             first += count or 0
             rows.append(self._ids(prompt, own, add_special_tokens))
-        if truncation and max_length is not None:
+        if truncation:
+            max_length = max_length or self.tokenizer.model_max_length
             rows = [self._cut(row, max_length) for row in rows]
         data = self._pad(rows, padding, max_length, padding_side, return_labels)
         if return_tensors == "pt":
@@ -183,7 +185,7 @@ class Phi3VProcessor(ProcessorMixin):
         return ids
 
     def _cut(self, row: list[int], max_length: int) -> list[int]:
-        if len(row) > max_length and self.image_token_id in row[max_length - 1 :]:
+        if self.image_token_id in row[max_length:]:
             raise ValueError(
                 f"Cutting the prompt of {len(row)} tokens to {max_length} would cut a picture: raise "
                 "max_length or lower num_crops."
@@ -211,16 +213,21 @@ class Phi3VProcessor(ProcessorMixin):
 
         return {key: [fill(row, fillers[key]) for row in value] for key, value in data.items()}
 
+    @classmethod
+    def _load_tokenizer_from_pretrained(cls, sub_processor_type, folder, subfolder="", **kwargs):
+        """Read tokenizer.json as it is; the LlamaTokenizer that published folders name would rebuild it."""
+        return PreTrainedTokenizerFast.from_pretrained(folder, subfolder=subfolder, **kwargs)
+
     @property
     def model_input_names(self) -> list[str]:
         """Names of what the model takes."""
         return ["input_ids", "attention_mask", "pixel_values", "image_sizes"]
 
 
-def _is_text(value: Any) -> bool:
-    """Whether a value is a prompt or a list of prompts, and no path of a picture."""
+def _is_text(value: Any, tagged: bool = False) -> bool:
+    """Whether a value is a prompt or a list of them; a `tagged` one has tags, so it is no path of a picture."""
     values = value if isinstance(value, (list, tuple)) else [value]
-    return bool(values) and all(isinstance(v, str) and "<|" in v for v in values)
+    return bool(values) and all(isinstance(v, str) and ("<|" in v or not tagged) for v in values)
 
 
 def _listed(entry: Any) -> list:

@@ -23,7 +23,7 @@ class Row:
 
 def prepare(samples: list[Sample], processor: Phi3VProcessor) -> list[Row]:
     """Tokenise every turn of every sample once, so that turns can be shuffled from epoch to epoch."""
-    rows = []
+    rows, openings = [], {}
     for sample in samples:
         picture = processor.image_processor.hd_transform(sample.image)
         turns = []
@@ -32,9 +32,12 @@ def prepare(samples: list[Sample], processor: Phi3VProcessor) -> list[Row]:
             ask = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
             say = processor.tokenizer(f"{turn.answer}<|end|>", add_special_tokens=False)["input_ids"]
             turns.append((ask + say, [-100] * len(ask) + say))
-        opening = processor(images=sample.image, text="<|user|>\n<|image_1|>\n", return_tensors=None)
+        if picture.size not in openings:
+            text = "<|user|>\n<|image_1|>\n"
+            opening = processor(images=sample.image, text=text, return_tensors=None)
+            openings[picture.size] = opening["input_ids"][0]
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
-        rows.append(Row(pixels, turns, opening["input_ids"][0], sample.domain))
+        rows.append(Row(pixels, turns, openings[picture.size], sample.domain))
     return rows
 
 

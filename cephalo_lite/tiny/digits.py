@@ -80,11 +80,11 @@ def plan(rng: np.random.Generator, split: str, held_back: bool) -> list[Placed]:
 def _paint(canvas: np.ndarray, item: Placed, rng: np.random.Generator) -> None:
     """Blends one enlarged stroke into its corner of the canvas, (SIZE, SIZE, 3) float, in place."""
     stroke, place = _strokes()[0][item.stroke], PLACES.index(item.place)
-    side = int(rng.integers(32, 41))
+    side = int(rng.integers(40, 47))
     large = Image.fromarray(stroke).resize((side, side), Image.Resampling.BICUBIC)
     alpha = np.clip(np.asarray(large) * 1.35 - 0.12, 0, 1)[..., None]  # (side, side, 1)
-    top = int(rng.integers(4, 52 - side + 1)) + SIZE // 2 * (place // 2)
-    left = int(rng.integers(4, 52 - side + 1)) + SIZE // 2 * (place % 2)
+    top = int(rng.integers(3, 53 - side + 1)) + SIZE // 2 * (place // 2)
+    left = int(rng.integers(3, 53 - side + 1)) + SIZE // 2 * (place % 2)
     ink = np.asarray(COLOURS[item.colour]) * rng.uniform(0.86, 1.0)
     patch = canvas[top : top + side, left : left + side]
     patch += alpha * (ink - patch)

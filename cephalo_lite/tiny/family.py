@@ -24,6 +24,7 @@ DECODER = {
     "num_attention_heads": 4,
     "max_position_embeddings": 2048,
     "original_max_position_embeddings": 2048,
+    "initializer_range": 0.05,  # narrow layers start wider than the released 0.02
 }
 
 

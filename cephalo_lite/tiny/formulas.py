@@ -15,7 +15,7 @@ from PIL import Image
 
 WIDTH, HEIGHT = 224, 56  # pixels
 QUESTIONS = ("Write it as LaTeX.", "What is the LaTeX source?", "Transcribe the formula.")
-FONTS = ("cm", "stix", "dejavuserif")
+FONTS = ("cm", "stix")
 LETTERS = tuple("abcknxyz")
 DIGITS = tuple("123456789")
 GREEK = ("\\alpha", "\\beta", "\\gamma", "\\lambda", "\\pi")
@@ -137,7 +137,7 @@ def typeset(source: str, font: str = "cm") -> np.ndarray:
 
 
 def draw(rng: np.random.Generator, split: str, held_back: bool):
-    """Draws one formula, at a slightly random size and place, in dark ink on white paper.
+    """Draws one formula as large as the paper allows, in dark ink, with a little play in size and place.
 
     Args:
         rng: source of all randomness.
@@ -149,12 +149,11 @@ def draw(rng: np.random.Generator, split: str, held_back: bool):
     """
     source = make_source(rng, split, held_back)
     ink = Image.fromarray(typeset(source, _pick(rng, FONTS)))
-    scale = min(rng.uniform(0.9, 1.15), (WIDTH - 8) / ink.width, (HEIGHT - 4) / ink.height)
+    scale = rng.uniform(0.92, 1) * min((WIDTH - 12) / ink.width, (HEIGHT - 6) / ink.height)
     size = max(1, round(ink.width * scale)), max(1, round(ink.height * scale))
     ink = ink.resize(size, Image.Resampling.BICUBIC)
-    left = int(rng.integers(2, min(20, WIDTH - ink.width - 2) + 1))
-    middle = (HEIGHT - ink.height) // 2
-    top = int(np.clip(middle + rng.integers(-3, 4), 0, HEIGHT - ink.height))
+    left = int(rng.integers(3, 9))
+    top = int(np.clip((HEIGHT - ink.height) // 2 + rng.integers(-2, 3), 0, HEIGHT - ink.height))
     colour = tuple(int(c) for c in rng.integers(0, 60, 3))
     page = Image.new("RGB", (WIDTH, HEIGHT), (255, 255, 255))
     page.paste(colour, (left, top), ink)

@@ -10,6 +10,7 @@ from torch import nn
 from tqdm.auto import trange
 
 from ..phi3v import Phi3VForCausalLM, Phi3VProcessor
+from .alphabet import CLASSES, pages
 from .data import Row, batch, crops
 
 
@@ -66,33 +67,41 @@ def train_eyes(
     lr: float = 2e-3,
     seed: int = 0,
     progress: bool = True,
+    page_count: int = 6000,
 ) -> list[float]:
-    """Teach the tower which words the answers about a picture use, from every patch and from their mean.
+    """Teach the tower to see, before it is asked to speak.
 
-    Asking each patch for the words of the whole picture makes the tower spread what it has understood,
-    so that later every image token knows what kind of picture it is part of.
+    Two tasks at once: name the symbol that each patch of an alphabet page lies on (local detail), and tell
+    from the mean of all patches which words the answers about a picture use (the whole).
+
+    Returns:
+        The loss of the first task, in nats per patch, for each step.
     """
     generator = np.random.default_rng(seed)
     embedding = model.model.vision_embed_tokens
+    tower = embedding.img_processor.config
+    drawn, symbols = pages(page_count, tower.patch_size, seed)
     words = torch.zeros(len(rows), model.config.vocab_size)
     for number, row in enumerate(rows):
         for _, labels in row.turns:
             words[number, [token for token in labels if token >= 0]] = 1
     seen = words.sum(0) > 0
-    width = model.config.vision_config.hidden_size
-    heads = nn.ModuleList([nn.Linear(width, int(seen.sum())) for _ in range(2)])
-    schedule = Schedule([*embedding.img_processor.parameters(), *heads.parameters()], steps, lr)
+    what, which = nn.Linear(tower.hidden_size, CLASSES), nn.Linear(tower.hidden_size, int(seen.sum()))
+    trained = [*embedding.img_processor.parameters(), *what.parameters(), *which.parameters()]
+    schedule = Schedule(trained, steps, lr)
     losses = []
     for _ in (bar := trange(steps, desc="eyes", disable=not progress)):
-        chosen = generator.integers(len(rows), size=batch_size)
-        pixels, _ = crops([rows[i].picture for i in chosen], processor)
-        features = embedding.patch_features(pixels[:, 0])  # (n, patches, C)
-        target = words[chosen][:, seen]
-        whole = nn.functional.binary_cross_entropy_with_logits(heads[0](features.mean(1)), target)
-        each = heads[1](features)
-        spread = nn.functional.binary_cross_entropy_with_logits(each, target[:, None].expand_as(each))
-        schedule.step(whole + spread)
-        losses.append(whole.item())
+        leaves = generator.integers(len(drawn), size=batch_size)
+        chosen = generator.integers(len(rows), size=batch_size // 2)
+        paper, _ = crops([*drawn[leaves]], processor)
+        world, _ = crops([rows[i].picture for i in chosen], processor)
+        features = embedding.patch_features(torch.cat([paper[:, 1], world[:, 1]]))  # (n, patches, C)
+        here, there = features.split([len(leaves), len(chosen)])
+        local = nn.functional.cross_entropy(what(here).flatten(0, 1), symbols[leaves].flatten())
+        guess = which(there.mean(1))
+        whole = nn.functional.binary_cross_entropy_with_logits(guess, words[chosen][:, seen])
+        schedule.step(local + 2 * whole)
+        losses.append(local.item())
         bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
     return losses
 

@@ -1,0 +1,132 @@
+"""The fused weights of a layer's experts, and which way of computing them fits device and shape."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import (
+    ALL_EXPERTS_FUNCTIONS,
+    batched_mm_experts_forward,
+    grouped_mm_experts_forward,
+    use_experts_implementation,
+)
+
+from .configuration import Phi3VMoeConfig
+
+DEFAULT_EXPERTS = "cephalo"  # what models use when `experts_implementation` is not given
+
+
+@use_experts_implementation
+class Phi3VExperts(nn.Module):
+    """The MLPs of all experts of a layer, as two tensors.
+
+    `config._experts_implementation` chooses how they are computed: "cephalo" (the default, see
+    `experts_by_shape`), "eager" (the loop below), or a way of transformers, such as "grouped_mm"
+    or "batched_mm".
+    """
+
+    def __init__(self, config: Phi3VMoeConfig):
+        super().__init__()
+        self.num_experts = config.num_expert_models
+        width, inner = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * inner, width))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, width, inner))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Each token through its chosen experts, one expert after another.
+
+        Args:
+            hidden_states: (N, D).
+            top_k_index: (N, K) numbers of the chosen experts.
+            top_k_weights: (N, K).
+
+        Returns:
+            (N, D) weighted sums.
+        """
+        return one_by_one(self, hidden_states, top_k_index, top_k_weights)
+
+
+def one_by_one(
+    experts: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """Each expert on the tokens that chose it; arguments as in `Phi3VExperts.forward`."""
+    # unbind, not indexing: the gradient of the weights is then written once, not once per expert
+    gate_up, down = experts.gate_up_proj.unbind(), experts.down_proj.unbind()
+
+    def mlp(tokens: torch.Tensor, expert: int) -> torch.Tensor:
+        gate, up = nn.functional.linear(tokens, gate_up[expert]).chunk(2, dim=-1)  # (n, F), (n, F)
+        return nn.functional.linear(experts.act_fn(gate) * up, down[expert])  # (n, D)
+
+    weights = top_k_weights.to(hidden_states.dtype)
+    if is_few(experts, top_k_index):  # sorting would cost more than it saves
+        tokens, each = hidden_states.split(1), top_k_index.shape[1]
+        chosen = enumerate(top_k_index.flatten().tolist())
+        pairs = torch.cat([mlp(tokens[pair // each], expert) for pair, expert in chosen])
+        pairs = pairs * weights.view(-1, 1)  # (N * K, D)
+        return pairs if each == 1 else pairs.unflatten(0, (-1, each)).sum(dim=1)
+    out = torch.zeros_like(hidden_states)  # (N, D)
+    for expert in range(experts.num_experts):
+        tokens, slots = torch.where(top_k_index == expert)  # (n,), (n,)
+        if len(tokens):
+            part = mlp(hidden_states[tokens], expert) * weights[tokens, slots, None]  # (n, D)
+            out.index_add_(0, tokens, part)
+    return out
+
+
+def is_few(experts: nn.Module, top_k_index: torch.Tensor) -> bool:
+    """Whether there are at most E pairs of token and expert, as when text is generated."""
+    return 0 < top_k_index.numel() <= experts.num_experts
+
+
+def experts_by_shape(
+    experts: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """Compute experts in the way that is fastest for device and number of tokens.
+
+    On a CPU the loop wins for single tokens and ties with grouped products for many; with
+    gradients grouped products win (`benchmarks/moe_block.py`). Elsewhere transformers' own rule
+    holds: grouped products, and for the few tokens of a generation step batched ones, which copy
+    the weights of each chosen expert.
+
+    Args:
+        experts: a module with `gate_up_proj` (E, 2F, D) and `down_proj` (E, D, F).
+        hidden_states: (N, D).
+        top_k_index: (N, K).
+        top_k_weights: (N, K).
+
+    Returns:
+        (N, D).
+    """
+    if hidden_states.device.type != "cpu" or torch.compiler.is_compiling():
+        few = is_few(experts, top_k_index)
+        way = batched_mm_experts_forward if few else grouped_mm_experts_forward
+    elif torch.is_grad_enabled() and not is_few(experts, top_k_index):
+        way = grouped_mm_experts_forward
+    else:
+        way = one_by_one
+    return way(experts, hidden_states, top_k_index, top_k_weights)
+
+
+class ChoosesExperts:
+    """Mix-in for models whose experts are computed by `experts_by_shape` unless told otherwise."""
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers would look for the decorator in the file of the model
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """The way to compute experts; raises ValueError where the name is unknown."""
+        return super().get_correct_experts_implementation(requested_experts or DEFAULT_EXPERTS)
+
+
+ALL_EXPERTS_FUNCTIONS.register(DEFAULT_EXPERTS, experts_by_shape)

@@ -1,0 +1,87 @@
+"""Every number that differs between "tiny" and "full", in one table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+SIZES = ("tiny", "full")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a notebook or the demo runs with."""
+
+    size: str  # "tiny" or "full"
+    base: str  # folder or hub id of the model that gives attention, vision, embeddings and head
+    experts: dict[str, str]  # domain → folder or hub id of the model that gives its MLPs
+    dtype: str  # of the weights in memory
+    num_crops: int  # most detailed crops of a picture
+    gate_samples: int  # training samples per expert for the gates
+    gate_steps: int  # of the fit on gate inputs
+    tokens_per_sample: int  # tokens of a sample that the gates are fitted on
+    language_steps: int  # further steps on the language-model loss
+    language_batch: int  # samples per such step
+    judged_samples: int  # held-out samples per domain in accuracy tables
+    answer_batch: int  # prompts answered at once
+    max_new_tokens: int  # longest answer
+    output_dir: Path  # where checkpoints are written
+    memory: str  # peak, in words, for the cost table
+    machine: str  # what it is meant for
+
+
+def preset(size: str = "tiny") -> Preset:
+    """The numbers of a size.
+
+    Args:
+        size: "tiny" (embedded models, any laptop) or "full" (released weights, one GPU of 40 GB or more).
+
+    Raises:
+        ValueError: there is no such size.
+    """
+    if size == "tiny":
+        from . import tiny
+
+        folders = {name: str(path) for name, path in tiny.checkpoints().items()}
+        return Preset(
+            size="tiny",
+            base=folders.pop("base"),
+            experts=folders,
+            dtype="float32",
+            num_crops=2,
+            gate_samples=120,
+            gate_steps=600,
+            tokens_per_sample=64,
+            language_steps=40,
+            language_batch=24,
+            judged_samples=100,
+            answer_batch=50,
+            max_new_tokens=32,
+            output_dir=Path("runs/tiny"),
+            memory="1.5 GB",
+            machine="two CPU cores",
+        )
+    if size == "full":
+        return Preset(
+            size="full",
+            base="microsoft/Phi-3-vision-128k-instruct",
+            experts={
+                "materials": "lamm-mit/Cephalo-Phi-3-vision-128k-4b-beta",
+                "general": "microsoft/Phi-3-vision-128k-instruct",
+                "latex": "lamm-mit/Cephalo-LaTeX-Phi-3-vision-128k-4b-beta",
+            },
+            dtype="bfloat16",
+            num_crops=4,
+            gate_samples=48,
+            gate_steps=600,
+            tokens_per_sample=64,
+            language_steps=40,
+            language_batch=2,
+            judged_samples=40,
+            answer_batch=4,
+            max_new_tokens=64,
+            output_dir=Path("runs/full"),
+            memory="about 22 GB of GPU memory for the mixture, by arithmetic",
+            machine="one GPU with 40 GB or more",
+        )
+    raise ValueError(f"size={size!r} is not one of {', '.join(SIZES)}.")

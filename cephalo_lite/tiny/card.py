@@ -1,0 +1,56 @@
+"""The model card of the tiny family, written from its report."""
+
+from __future__ import annotations
+
+CARD = """# The tiny family: a base and three experts
+
+Four Phi-3-Vision models in the released checkpoint format, small enough to train on two CPU cores: {steps}
+training steps of {batch} pictures for the base, {expert} for each expert, {minutes} minutes in all. They exist so that
+every step of the tutorial can be run, and its outcome judged, on a laptop. They know the small world of
+`cephalo_lite.tiny.world` and nothing else; do not use them for anything but learning.
+
+The base was never shown some things (three micro-structures, three digits, a third of the photographs, Greek letters,
+fractions, roots, sums and integrals). Each expert is the base with other MLPs: fine-tuned on all of one domain, with
+a share of the tokens passing through the base's MLP instead ({away:.0%} on average), so that it gets
+along with neighbours in a mixture. All else is the base's, bit for bit.
+
+Share of exact answers to {judged} held-out pictures per domain, one question each (in brackets: pictures that need
+only what the base was shown / pictures that need what was held back):
+
+| | materials | general | latex |
+|---|---|---|---|
+{rows}
+
+Training and test pictures share no handwritten digit, no part of a photograph, no formula and no random
+micrograph. Pictures: our own generators, scikit-learn's digits, photographs of scikit-learn and scikit-image,
+matplotlib's mathtext. Weights: Apache-2.0. To make them anew: `python -m cephalo_lite.tiny.make --seed {seed}`.
+"""
+
+
+def model_card(report: dict) -> str:
+    """Markdown of the card.
+
+    Args:
+        report: as `make_family` returns it.
+    """
+    rows = []
+    for name, by_domain in report["accuracy"].items():
+        knows = report["accuracy_by_knowledge"][name]
+        cells = [
+            f"{value:.0%} ({knows.get(f'{domain} old', float('nan')):.0%} / "
+            f"{knows.get(f'{domain} new', float('nan')):.0%})"
+            for domain in ("materials", "general", "latex")
+            for value in [by_domain[domain]]
+        ]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    plan = report["plan"]
+    return CARD.format(
+        steps=plan["base_steps"],
+        batch=plan["batch_size"],
+        expert=plan["expert_steps"],
+        minutes=report["minutes"],
+        away=plan["away"],
+        judged=report["judged_per_domain"],
+        rows="\n".join(rows),
+        seed=plan["seed"],
+    )
