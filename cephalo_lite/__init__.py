@@ -1,12 +1,12 @@
 """cephalo_lite: several Phi-3-Vision experts, one mixture that answers."""
 
 from . import moe, phi3v
-from .chat import Answer, Chat, ask, stream
+from .chat import Answer, Chat, Sampling, ask, stream
 from .loading import load
 from .moe import Phi3VMoeConfig, Phi3VMoeForCausalLM, select_expert
 from .moe.build import BuildReport, build_moe
 from .moe.gates import get_gates, load_gates, save_gates, set_gates, train_gates
-from .moe.trace import RoutingTrace, trace_routing
+from .moe.trace import RoutingTrace, trace_routing, tracing
 from .phi3v import (
     Phi3VConfig,
     Phi3VForCausalLM,
@@ -33,6 +33,7 @@ __all__ = [
     "Phi3VProcessor",
     "Preset",
     "RoutingTrace",
+    "Sampling",
     "ask",
     "build_moe",
     "get_gates",
@@ -44,5 +45,6 @@ __all__ = [
     "set_gates",
     "stream",
     "trace_routing",
+    "tracing",
     "train_gates",
 ]

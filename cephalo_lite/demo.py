@@ -1,7 +1,7 @@
 """The main job at tiny size, from experts to answers: `python -m cephalo_lite.demo`.
 
-Loads three experts, builds the mixture, trains its gates, answers questions about held-out pictures of
-each domain, prints one table, and writes it with a figure to `results/`.
+Loads three experts, builds the mixture, trains its gates, answers questions about held-out pictures
+of each domain, prints one table, and writes it with a figure to `results/`.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ def run(chosen: Preset, judged: int, seed: int = 0, progress: bool = True) -> di
         chosen: numbers of the size.
         judged: held-out pictures per domain.
         seed: of the gates, their samples and the held-out pictures.
+        progress: show a progress bar.
 
     Returns:
-        What `results/demo.json` holds: accuracy per model and domain, shares per domain and expert, seconds.
+        What `results/demo.json` holds: accuracy per model and domain, shares per domain and expert,
+        seconds.
     """
     began = time.perf_counter()
     dtype = getattr(torch, chosen.dtype)
@@ -48,7 +50,9 @@ def run(chosen: Preset, judged: int, seed: int = 0, progress: bool = True) -> di
     for name, source in {"base": chosen.base, **chosen.experts}.items():
         judge(name if name == "base" else f"{name} expert", *load(source, dtype=dtype))
     target = chosen.output_dir / "demo-moe"
-    report = build_moe(chosen.base, chosen.experts, target, seed=seed, overwrite=True, progress=False)
+    report = build_moe(
+        chosen.base, chosen.experts, target, seed=seed, overwrite=True, progress=False
+    )
     model, processor = load(target, dtype=dtype)
     judge("MoE, untrained gates", model, processor)
     samples = [gate_samples(domain, chosen.gate_samples, seed) for domain in chosen.experts]
@@ -71,7 +75,7 @@ def run(chosen: Preset, judged: int, seed: int = 0, progress: bool = True) -> di
         "accuracy": rows,
         "shares": shares,
         "gate_accuracy": gates.mean_accuracy,
-        "relative_change": report.as_dict()["relative_change"],
+        "change": report.as_dict()["change"],
         "judged_per_domain": judged,
         "seconds": round(time.perf_counter() - began, 1),
     }
@@ -79,7 +83,10 @@ def run(chosen: Preset, judged: int, seed: int = 0, progress: bool = True) -> di
 
 def gate_samples(domain: str, count: int, seed: int = 0) -> list[tuple]:
     """Training samples of a domain for the gates: (messages with answers, picture)."""
-    return [(sample.messages(), sample.image) for sample in make_samples(domain, count, "train", seed + 2)]
+    return [
+        (sample.messages(), sample.image)
+        for sample in make_samples(domain, count, "train", seed + 2)
+    ]
 
 
 def shares_of(model, processor, domain: str, seed: int, count: int = 12) -> dict[str, float]:
@@ -101,7 +108,10 @@ def table(result: dict) -> dict:
     for expert in experts:
         shares = [f"{result['shares'][domain][expert]:.0%}" for domain in DOMAINS]
         rows.append([f"tokens to the {expert} expert", *shares, ""])
-    return {"columns": ["", *(f"{domain} pictures" for domain in DOMAINS)], "rows": [r[:-1] for r in rows]}
+    return {
+        "columns": ["", *(f"{domain} pictures" for domain in DOMAINS)],
+        "rows": [r[:-1] for r in rows],
+    }
 
 
 def figure(result: dict, path: Path) -> None:
@@ -119,17 +129,33 @@ def figure(result: dict, path: Path) -> None:
     names = list(result["accuracy"])
     for number, domain in enumerate(DOMAINS):
         values = [100 * result["accuracy"][name][domain] for name in names]
-        bars = left.bar(np.arange(len(names)) + 0.27 * (number - 1), values, 0.25, color=colors[domain])
+        bars = left.bar(
+            np.arange(len(names)) + 0.27 * (number - 1), values, 0.25, color=colors[domain]
+        )
         left.bar_label(bars, fmt="%.0f", fontsize=8)
         bars.set_label(f"{domain} pictures")
-    left.set(ylabel="right answers (%)", ylim=(0, 108), title="Held-out pictures, answers exactly right")
-    left.set_xticks(range(len(names)), [name.replace(", ", ",\n").replace(" expert", "\nexpert") for name in names])
+    left.set(
+        ylabel="right answers (%)", ylim=(0, 108), title="Held-out pictures, answers exactly right"
+    )
+    left.set_xticks(
+        range(len(names)),
+        [name.replace(", ", ",\n").replace(" expert", "\nexpert") for name in names],
+    )
     left.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.17))
     experts = list(next(iter(result["shares"].values())))
-    grid = np.array([[result["shares"][domain][expert] for expert in experts] for domain in DOMAINS])
+    grid = np.array(
+        [[result["shares"][domain][expert] for expert in experts] for domain in DOMAINS]
+    )
     right.imshow(grid, vmin=0, vmax=1, cmap="Blues", aspect="auto")
     for (y, x), value in np.ndenumerate(grid):
-        right.text(x, y, f"{value:.0%}", ha="center", va="center", color="white" if value > 0.55 else "black")
+        right.text(
+            x,
+            y,
+            f"{value:.0%}",
+            ha="center",
+            va="center",
+            color="white" if value > 0.55 else "black",
+        )
     right.set_xticks(range(len(experts)), [f"{expert}\nexpert" for expert in experts])
     right.set_yticks(range(len(DOMAINS)), [f"{domain}\npictures" for domain in DOMAINS])
     right.set_title("Where the tokens go")
@@ -142,7 +168,9 @@ def figure(result: dict, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m cephalo_lite.demo", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m cephalo_lite.demo", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--size", default="tiny", choices=("tiny", "full"))
     parser.add_argument("--judged", type=int, help="held-out pictures per domain")
     parser.add_argument("--seed", type=int, default=0)
@@ -154,14 +182,19 @@ def main(arguments: list[str] | None = None) -> None:
     result = run(chosen, judged, options.seed, progress=not options.silent)
     shown = table(result)
     note = (
-        f"{judged} held-out pictures per domain, one question each, the answer must be exactly right; "
-        f"k = 1; measured at {chosen.size} size in {result['seconds']:.0f} s"
+        f"{judged} held-out pictures per domain, one question each, the answer must be exactly "
+        f"right; k = 1; measured at {chosen.size} size in {result['seconds']:.0f} s"
     )
     name = "demo" if options.size == "tiny" else f"demo_{options.size}"
-    write_results(options.output / f"{name}.json", {"table": shown, "note": note, **machine(), **result})
+    write_results(
+        options.output / f"{name}.json", {"table": shown, "note": note, **machine(), **result}
+    )
     figure(result, options.output / f"{name}.png")
     print(table_text(shown))
-    print(f"\n{note}.\nWritten: {options.output / f'{name}.json'} and {options.output / f'{name}.png'}")
+    print(
+        f"\n{note}.\nWritten: {options.output / f'{name}.json'} "
+        f"and {options.output / f'{name}.png'}"
+    )
 
 
 if __name__ == "__main__":

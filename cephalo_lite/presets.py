@@ -34,7 +34,8 @@ def preset(size: str = "tiny") -> Preset:
     """The numbers of a size.
 
     Args:
-        size: "tiny" (embedded models, any laptop) or "full" (released weights, one GPU of 40 GB or more).
+        size: "tiny" (embedded models, any laptop) or "full" (released weights, one GPU of 40 GB or
+            more).
 
     Raises:
         ValueError: there is no such size.

@@ -20,7 +20,9 @@ def machine() -> dict[str, Any]:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        models = [
+            line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
         name = models[0].split(":", 1)[1].strip() if models else name
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     versions = {"python": platform.python_version()}
@@ -30,7 +32,12 @@ def machine() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return {
-        "machine": {"processor": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu},
+        "machine": {
+            "processor": name,
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": gpu,
+        },
         "date": date.today().isoformat(),
         "versions": versions,
     }
@@ -50,7 +57,12 @@ def table_text(table: dict[str, list]) -> str:
     lines = [[str(cell) for cell in row] for row in (table["columns"], *table["rows"])]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = [
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        "  ".join(
+            [
+                line[0].ljust(widths[0]),
+                *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)),
+            ]
+        )
         for line in lines
     ]
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])

@@ -1,4 +1,6 @@
-"""What all tests share: the golden pack of the original code, and small models with random weights."""
+"""What all tests share: the original code's golden tensors, and small seeded models."""
+
+# ruff: noqa: E402  (the environment is set before anything reads it)
 
 import importlib.util
 import json
@@ -44,7 +46,7 @@ def tiny_tower() -> dict:
 
 @pytest.fixture(scope="session")
 def load_golden(tiny_tower):
-    """A function that loads the golden dense model anew; 359 is `<|image|>` in the golden tokenizer."""
+    """A function that loads the golden dense model anew; 359 is its `<|image|>`."""
     return lambda **options: Phi3VForCausalLM.from_pretrained(
         GOLDEN / "plain", vision_config=tiny_tower, image_token_id=359, **options
     )
@@ -77,7 +79,7 @@ def synth():
 
 @pytest.fixture(scope="session")
 def small_processor(golden_tokenizer) -> Phi3VProcessor:
-    """The golden tokenizer, with crops of 28 pixels: a square picture is 25 tokens."""
+    """The golden tokenizer, with crops of 28 pixels: a square picture is 27 tokens."""
     return Phi3VProcessor(
         Phi3VImageProcessor(num_crops=4, crop_size=28, num_img_tokens=4), golden_tokenizer
     )
@@ -85,7 +87,7 @@ def small_processor(golden_tokenizer) -> Phi3VProcessor:
 
 @pytest.fixture(scope="session")
 def make_small():
-    """A function that makes a small seeded model for `small_processor`; fields change its configuration."""
+    """A function that makes a small seeded model; fields change its configuration."""
 
     def make(seed: int = 0, **fields) -> Phi3VForCausalLM:
         settings = {

@@ -9,6 +9,7 @@ from typing import Any
 from ..loading import stop_ids
 from ..moe.trace import tracing
 from ..phi3v import Phi3VProcessor
+from ..phi3v.processing import TAG
 from .ask import Answer
 from .cache import ReadSoFar
 from .prompts import Message, check_tags, listed, render, with_tags
@@ -85,6 +86,7 @@ class Chat:
         answer, tokens = read_answer(out.sequences[0, length:].tolist(), stops, self.processor)
         routing = record.trace(before=inputs["input_ids"][0].tolist()) if trace else None
         self._read.remember(out.past_key_values, out.sequences[0], inputs)
-        self.messages += [said, {"role": "assistant", "content": answer}]
+        kept = TAG.sub("", answer)  # an answer names no pictures, whatever it says
+        self.messages += [said, {"role": "assistant", "content": kept}]
         self.images = pictures
         return Answer(answer, tokens, time.perf_counter() - start, routing)

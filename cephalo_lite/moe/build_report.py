@@ -5,6 +5,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from .trace_colours import looks
+
 REPORT_FILE = "build_report.json"
 
 
@@ -76,8 +78,10 @@ class BuildReport:
             import matplotlib.pyplot as plt
 
             _, ax = plt.subplots(figsize=(6, 3.2), layout="constrained")
-        for index, (name, row) in enumerate(zip(self.expert_names, self.change, strict=True)):
-            ax.plot(self.layers, row, marker="os^Dv"[index % 5], markersize=4, label=name)
+        for look, name, row in zip(
+            looks(self.expert_names), self.expert_names, self.change, strict=True
+        ):
+            ax.plot(self.layers, row, color=look.colour, marker=look.marker, label=name)
         ax.set_xlabel("layer")
         ax.set_ylabel("relative change of the MLP")
         ax.set_title("What each expert changed of the base")

@@ -6,18 +6,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from .shards import (
     ALIGNMENT,
     CHUNK_BYTES,
-    TORCH_DTYPES,
     TensorInfo,
     TensorReader,
     pack_header,
 )
 
-SLICE = 1 << 18  # elements converted to float32 at once, so that they stay in the cache
+NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+SLICE = 1 << 17  # elements converted to float32 at once, so that they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -136,20 +136,24 @@ def write_shard(
 def measure(values: memoryview, reference: memoryview, dtype: str) -> Change:
     """Compare two runs of numbers in float32, a cacheful at a time.
 
+    In numpy, because PyTorch's own threads would compete with those that read, hash and write.
+
     Args:
         values: bytes of n numbers.
         reference: bytes of n numbers.
         dtype: safetensors' name of their dtype.
     """
     total = Change()
-    ours = torch.frombuffer(values, dtype=TORCH_DTYPES[dtype])  # (n,)
-    theirs = torch.frombuffer(reference, dtype=TORCH_DTYPES[dtype])  # (n,)
-    for a, b in zip(ours.split(SLICE), theirs.split(SLICE), strict=True):
-        equal = torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-        b = b.float()
-        # Equal bits differ by zero even where they stand for NaN.
-        squared = 0.0 if equal else _squared(a.float() - b)
-        total.add(Change(squared, _squared(b), equal))
+    ours = np.frombuffer(values, dtype=NUMPY_DTYPES[dtype])  # (n,)
+    theirs = np.frombuffer(reference, dtype=NUMPY_DTYPES[dtype])  # (n,)
+    with np.errstate(all="ignore"):  # NaN and infinity are reported, not warned of here
+        for begin in range(0, len(ours), SLICE):
+            a, b = ours[begin : begin + SLICE], theirs[begin : begin + SLICE]
+            equal = np.array_equal(_bits(a), _bits(b))
+            b = _float32(b, dtype)
+            # Equal bits differ by zero even where they stand for NaN.
+            squared = 0.0 if equal else _squared(_float32(a, dtype) - b)
+            total.add(Change(squared, _squared(b), equal))
     return total
 
 
@@ -191,5 +195,15 @@ def _finish(pending: list[Future], change: Change) -> None:
             change.add(result)
 
 
-def _squared(values: torch.Tensor) -> float:
-    return float(torch.dot(values, values))
+def _bits(values: np.ndarray) -> np.ndarray:
+    return values.view(f"u{values.itemsize}")
+
+
+def _float32(values: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype == "BF16":  # the upper half of a float32
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32)
+
+
+def _squared(values: np.ndarray) -> float:
+    return float(np.einsum("i,i->", values, values))

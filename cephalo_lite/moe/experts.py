@@ -85,6 +85,12 @@ def is_few(experts: nn.Module, top_k_index: torch.Tensor) -> bool:
     return 0 < top_k_index.numel() <= experts.num_experts
 
 
+def can_group(experts: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether torch's grouped products take these weights: rows of full 16 bytes, no float64."""
+    widths = experts.down_proj.shape[1:]  # D, F
+    return dtype != torch.float64 and all(width * dtype.itemsize % 16 == 0 for width in widths)
+
+
 def experts_by_shape(
     experts: nn.Module,
     hidden_states: torch.Tensor,
@@ -107,13 +113,15 @@ def experts_by_shape(
     Returns:
         (N, D).
     """
-    if hidden_states.device.type != "cpu" or torch.compiler.is_compiling():
-        few = is_few(experts, top_k_index)
-        way = batched_mm_experts_forward if few else grouped_mm_experts_forward
-    elif torch.is_grad_enabled() and not is_few(experts, top_k_index):
-        way = grouped_mm_experts_forward
-    else:
+    few, on_cpu = is_few(experts, top_k_index), hidden_states.device.type == "cpu"
+    if few and (not on_cpu or torch.compiler.is_compiling()):
+        way = batched_mm_experts_forward
+    elif few or not can_group(experts, hidden_states.dtype):
         way = one_by_one
+    elif on_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        way = one_by_one
+    else:
+        way = grouped_mm_experts_forward
     return way(experts, hidden_states, top_k_index, top_k_weights)
 
 

@@ -11,7 +11,7 @@ from tqdm.auto import trange
 from .gate_inputs import GateInputs
 
 HELD_OUT_EVERY = 5  # steps between two looks at the held-out tokens
-IMPROVED = 1e-4  # nats by which a layer's held-out loss must fall to count
+IMPROVED = 1e-5  # nats by which a layer's held-out loss must fall to count
 
 
 @dataclass
@@ -29,27 +29,28 @@ def fit_gates(
     held_out: GateInputs,
     experts: int,
     steps: int = 600,
-    weight_decay: float = 0.0,
-    patience: int = 50,
+    weight_decay: float = 0.5,
+    patience: int = 100,
     device: torch.device | str = "cpu",
     seed: int = 0,
     progress: bool = True,
 ) -> GateFit:
     """Fit softmax regressions from gate inputs to experts, one per layer, in float32.
 
-    The problem is convex, so no learning rate is needed: Nesterov's accelerated gradient (1983) from
-    zero, with the step that the data's curvature allows. It works as if the inputs were standardised
-    per layer and feature; mean and spread are folded into weight and bias, so the inputs (the one
-    large tensor) are never copied. Each layer keeps its gate of the step where its own held-out
-    loss was lowest; stopping early is what keeps gates of few samples from learning them by heart.
+    The problem is convex, so no learning rate is needed: Nesterov's accelerated gradient (1983)
+    from zero, with the step that the data's curvature allows. It works as if the inputs were
+    standardised per layer and feature; mean and spread are folded into weight and bias, so the
+    inputs (the one large tensor) are never copied. Each layer keeps its gate of the step where its
+    own held-out loss was lowest; stopping early is what keeps gates of few samples from learning
+    them by heart.
 
     Args:
         inputs: N tokens to fit to; every expert weighs the same, however many tokens it has.
         held_out: tokens to stop at.
         experts: number of experts E.
         steps: at most so many.
-        weight_decay: pull towards zero, relative to the largest curvature; 0.001 may help with a
-            handful of samples.
+        weight_decay: pull towards zero, divided by N, so that it matters with few tokens and hardly
+            with many.
         patience: stop when no layer has improved for so many steps.
         device: where to compute; needs 4 * L * N * D bytes there.
         seed: of the vector that the curvature is measured with.
@@ -61,6 +62,7 @@ def fit_gates(
     Raises:
         ValueError: an expert has no token.
     """
+    weight_decay = weight_decay / len(inputs.expert)
     train, test = _Tokens(inputs, experts, device), _Tokens(held_out, experts, device)
     mean, scale = _standard(train)  # (L, 1, D) both
     layers, _, width = train.hidden.shape
@@ -112,7 +114,7 @@ class _Tokens:
         counts = torch.bincount(inputs.expert, minlength=experts)
         if (counts == 0).any() or len(counts) > experts:
             raise ValueError(f"Tokens per expert are {counts.tolist()}; all {experts} need some.")
-        self.hidden = inputs.hidden.to(device)  # (L, N, D)
+        self.hidden = inputs.hidden.to(device).contiguous()  # (L, N, D)
         self.weight = (1 / (experts * counts[inputs.expert]))[:, None].to(device)  # (N, 1)
         self.target = nn.functional.one_hot(inputs.expert, experts).float().to(device)  # (N, E)
 
@@ -131,7 +133,7 @@ def _standard(tokens: _Tokens) -> tuple[torch.Tensor, torch.Tensor]:
         mean = (hidden * tokens.weight).sum(dim=0, keepdim=True)  # (1, D)
         variance = ((hidden - mean).square_() * tokens.weight).sum(dim=0, keepdim=True)
         means.append(mean)
-        scales.append((variance + 1e-4 * variance.mean() + 1e-12).rsqrt())
+        scales.append((variance + 1e-6 * variance.mean() + 1e-12).rsqrt())
     return torch.stack(means), torch.stack(scales)
 
 

@@ -73,7 +73,7 @@ def encode(processor, samples: Sequence[Sample], **options) -> dict[str, torch.T
     pictures = [[] if images is None else images for _, images in samples]
     pictures = [list(p) if isinstance(p, (list, tuple)) else [p] for p in pictures]
     inputs = processor(
-        images=pictures if any(pictures) else None,
+        images=pictures,
         text=texts,
         padding=True,
         padding_side="right",
@@ -118,10 +118,10 @@ def collect_gate_inputs(
 ) -> GateInputs:
     """Run samples through the model and keep what reaches the routers.
 
-    Why `source="own"`: what a gate sees depends on what the layers before it did. Once the gates are
-    right, a sample passes through its own expert, so these are the hidden states that right gates
-    will see. They depend on the experts alone; under the gates at hand ("mixture") they change
-    with every random start, and no longer exist as soon as the gates are replaced.
+    Why `source="own"`: what a gate sees depends on what the layers before it did. Once the gates
+    are right, a sample passes through its own expert, so these are the hidden states that right
+    gates will see. They depend on the experts alone; under the gates at hand ("mixture") they
+    change with every random start, and no longer exist as soon as the gates are replaced.
 
     Args:
         model: a mixture.
@@ -146,8 +146,8 @@ def collect_gate_inputs(
     Raises:
         ValueError: a list is missing or empty, or the source is unknown.
     """
-    check_source(model, source)
     check_samples(model, samples_per_expert)
+    check_source(model, source)
     names, generator = list(model.config.expert_names), torch.Generator().manual_seed(seed)
     fixed = None if source in SOURCES else names.index(source)
     jobs = [

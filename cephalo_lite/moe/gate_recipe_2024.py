@@ -95,8 +95,9 @@ def gates_as_in_2024(
 ) -> tuple[list[dict[str, torch.Tensor]], list[float]]:
     """Gates by the published procedure, in float32 and mended in one point.
 
-    The original cuts the prompts of all experts into pieces as long as the first list, so with lists of
-    unequal length it averages some experts' prompts together; here each list has its own mean.
+    The original cuts the prompts of all experts into pieces as long as the first list, so with
+    lists of unequal length it averages prompts of different experts; here each list has its own
+    mean.
 
     Args:
         model: a mixture; its gates are used and not changed.

@@ -82,8 +82,8 @@ class GateReport:
             low = [n for n, share in zip(self.layers, shares, strict=True) if share < APART]
             if low:
                 self.warnings.append(
-                    f"The gates cannot tell {one!r} from {other!r} in layers {low}: at best "
-                    f"{max(s for s in shares if s < APART):.0%} of their held-out tokens are on the "
+                    f"The gates cannot tell {one!r} from {other!r} in layers {low}: of their "
+                    f"held-out tokens at best {max(s for s in shares if s < APART):.0%} are on the "
                     "right side, 50% by guessing. Give samples that differ more, or more of them."
                 )
         pairs = zip(self.layers, self.condition, strict=False)
@@ -107,10 +107,10 @@ class GateReport:
         return "\n".join([*lines, f"{'mean':>5}  {self.mean_accuracy:6.1%}{cells}"])
 
     def plot(self, axes=None):
-        """Losses on the left, held-out routing accuracy per layer on the right.
+        """Losses of the fit, those on answers if there are any, and held-out accuracy per layer.
 
         Args:
-            axes: two matplotlib axes, or None for a new figure.
+            axes: two matplotlib axes, three with losses on answers, or None for a new figure.
 
         Returns:
             The figure.
@@ -118,8 +118,9 @@ class GateReport:
         import matplotlib.pyplot as plt
 
         if axes is None:
-            _, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-        left, right = axes
+            count = 3 if self.language_losses else 2
+            _, axes = plt.subplots(1, count, figsize=(4.5 * count, 3), layout="constrained")
+        left, *middle, right = axes
         left.plot(
             range(len(self.train_losses)), self.train_losses, label="training", color="#2F6DB5"
         )
@@ -127,9 +128,11 @@ class GateReport:
             last, count = len(self.train_losses), len(self.held_out_losses)
             steps = [min(HELD_OUT_EVERY * (n + 1), last) for n in range(count)]
             left.plot(steps, self.held_out_losses, label="held out", color="#C99A1B")
-        left.set(
-            xlabel="step", ylabel="loss (nats per token)", title=f"Gates, recipe {self.recipe!r}"
-        )
+        for axis in middle:
+            axis.plot(self.language_losses, color="#2F6DB5")
+            axis.set(xlabel="step", ylabel="loss (nats per answer token)", title="On answers")
+        title = f"Recipe {self.recipe!r}"
+        left.set(xlabel="step", ylabel="loss (nats per token)", title=title)
         left.legend(frameon=False)
         styles = {"image": ("#2F6DB5", "s"), "prompt": ("#6B7280", "o"), "answer": ("#C99A1B", "D")}
         places = range(len(self.layers))

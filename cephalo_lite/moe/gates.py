@@ -24,9 +24,9 @@ def train_gates(
     source: str = "own",
     steps: int | None = None,
     lr: float = 1e-4,
-    weight_decay: float = 0.0,
+    weight_decay: float = 0.5,
     held_out: float = 0.2,
-    patience: int = 50,
+    patience: int = 100,
     tokens_per_sample: int | None = 64,
     language_steps: int = 0,
     language_lr: float = 2e-3,
@@ -81,8 +81,8 @@ def train_gates(
         raise ValueError(f"recipe={recipe!r} is not one of {', '.join(map(repr, RECIPES))}.")
     if not 0 < held_out < 1:
         raise ValueError(f"held_out={held_out} is no share between 0 and 1.")
-    check_source(model, source)
     check_samples(model, samples_per_expert)
+    check_source(model, source)
     train, test = split_samples(samples_per_expert, held_out, seed)
     how = {"tokens_per_sample": tokens_per_sample, "seed": seed, "progress": progress}
     judged = collect_gate_inputs(model, processor, test, source="own", **how)

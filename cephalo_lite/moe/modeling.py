@@ -36,7 +36,20 @@ class MoeBlock(nn.Module):
         return out.view_as(hidden_states)
 
 
-class Phi3VMoeModel(ChoosesExperts, Phi3VModel):
+class MoeWeights:
+    """Mix-in: how untrained experts and gates start, in the model and in what wraps it."""
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, Phi3VExperts):
+            for weight in (module.gate_up_proj, module.down_proj):
+                init.normal_(weight, std=self.config.initializer_range)
+        elif isinstance(module, Router):
+            module.reset_parameters()
+
+
+class Phi3VMoeModel(MoeWeights, ChoosesExperts, Phi3VModel):
     """Phi-3-Vision's decoder with experts in `config.mixed_layers`."""
 
     config: Phi3VMoeConfig
@@ -53,7 +66,7 @@ class Phi3VMoeModel(ChoosesExperts, Phi3VModel):
         self.post_init()
 
 
-class Phi3VMoeForCausalLM(ChoosesExperts, Phi3VForCausalLM):
+class Phi3VMoeForCausalLM(MoeWeights, ChoosesExperts, Phi3VForCausalLM):
     """The mixture of Phi-3-Vision experts; reads and writes the published Cephalo layout.
 
     Example:
@@ -65,15 +78,6 @@ class Phi3VMoeForCausalLM(ChoosesExperts, Phi3VForCausalLM):
     config: Phi3VMoeConfig
     config_class = Phi3VMoeConfig
     model_class = Phi3VMoeModel
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, Phi3VExperts):
-            for weight in (module.gate_up_proj, module.down_proj):
-                init.normal_(weight, std=self.config.initializer_range)
-        elif isinstance(module, Router):
-            module.reset_parameters()
 
     @classmethod
     def from_experts(

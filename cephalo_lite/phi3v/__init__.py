@@ -27,8 +27,9 @@ def register() -> None:
         Phi3VConfig, image_processor_classes={"pil": Phi3VImageProcessor}, exist_ok=True
     )
     AutoProcessor.register(Phi3VConfig, Phi3VProcessor, exist_ok=True)
-    for model_type in ("phi3_v", "phi3_v_moe"):  # published folders name LlamaTokenizer, which in
-        TOKENIZER_MAPPING_NAMES[model_type] = "TokenizersBackend"  # transformers 5 ignores tokenizer.json
+    # Published folders name LlamaTokenizer, which in transformers 5 rebuilds tokenizer.json.
+    for model_type in ("phi3_v", "phi3_v_moe"):
+        TOKENIZER_MAPPING_NAMES[model_type] = "TokenizersBackend"
     register_published_names()
 
 

@@ -7,7 +7,7 @@ from transformers.core_model_loading import WeightRenaming
 
 
 def register_published_names() -> None:
-    """Published Phi-3-Vision keys keep CLIP's `vision_model.` level, which transformers 5 has dropped."""
+    """Published keys keep CLIP's `vision_model.` level, which transformers 5 has dropped."""
     register_checkpoint_conversion_mapping("phi3_v", tower_renaming(), overwrite=True)
 
 
@@ -24,9 +24,11 @@ class StrictLoading:
         """Load a checkpoint folder or hub repository.
 
         Args:
+            pretrained_model_name_or_path: the folder, or the name of the repository.
+            *args: as in `transformers.PreTrainedModel.from_pretrained`.
             strict: raise on missing, unexpected or mismatched weights (default); False warns as
                 transformers does.
-            args, kwargs: as in `transformers.PreTrainedModel.from_pretrained`.
+            **kwargs: as in `transformers.PreTrainedModel.from_pretrained`.
 
         Raises:
             ValueError: the checkpoint is text-only, a shard is missing or cut short, or weights are
@@ -51,7 +53,9 @@ class StrictLoading:
             raise
         problems = cls._loading_problems(info)
         if problems:
-            raise ValueError(f"{pretrained_model_name_or_path} does not fit {cls.__name__}: {problems}")
+            raise ValueError(
+                f"{pretrained_model_name_or_path} does not fit {cls.__name__}: {problems}"
+            )
         return (model, info) if wants_info else model
 
     @staticmethod
@@ -60,19 +64,26 @@ class StrictLoading:
         mismatched = sorted(info["mismatched_keys"])
         vision = [key for key in missing if "vision_embed_tokens" in key]
         told = []
-        if vision and not any("vision_embed_tokens" in str(key) for key in [*left_over, *mismatched]):
+        if vision and not any(
+            "vision_embed_tokens" in str(key) for key in [*left_over, *mismatched]
+        ):
             told.append(
-                f"it has none or only part of the vision weights ({len(vision)} missing); is it a text-only "
-                "Phi-3, or is a shard missing?"
+                f"it has none or only part of the vision weights ({len(vision)} missing); is it a "
+                "text-only Phi-3, or is a shard missing?"
             )
         if missing:
             told.append(f"{len(missing)} weights are missing, such as {', '.join(missing[:3])}")
         if left_over:
-            told.append(f"{len(left_over)} weights have no place, such as {', '.join(left_over[:3])}")
-        if mismatched:
-            shapes = [f"{key} is {tuple(on_disk)}, not {tuple(here)}" for key, on_disk, here in mismatched[:3]]
             told.append(
-                f"{len(mismatched)} weights have another shape: {'; '.join(shapes)} (another vocabulary "
-                "or another configuration)"
+                f"{len(left_over)} weights have no place, such as {', '.join(left_over[:3])}"
+            )
+        if mismatched:
+            shapes = [
+                f"{key} is {tuple(on_disk)}, not {tuple(here)}"
+                for key, on_disk, here in mismatched[:3]
+            ]
+            told.append(
+                f"{len(mismatched)} weights have another shape: {'; '.join(shapes)} (another "
+                "vocabulary or another configuration)"
             )
         return "; ".join(told)

@@ -1,4 +1,4 @@
-"""The configuration of Phi-3-Vision: Phi-3's fields, the published image fields, and the vision tower."""
+"""The configuration of Phi-3-Vision: Phi-3's fields, image fields, and the vision tower."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ RELEASED_VISION_TOWER = {  # CLIP ViT-L/14-336, the tower of every released Phi-
     "hidden_act": "quick_gelu",
 }
 RELEASED_IMAGE_TOKEN = 32044
-LONG_ROPE_NAMES = ("su", "longrope", "yarn")  # published names of position scaling by short and long factors
+LONG_ROPE_NAMES = (
+    "su",
+    "longrope",
+    "yarn",
+)  # published names of position scaling by short and long factors
 
 
 @strict
@@ -27,19 +31,20 @@ class Phi3VConfig(Phi3Config):
     """Configuration of a Phi-3-Vision model, with the fields that the published checkpoints carry.
 
     Args (beyond those of `transformers.Phi3Config`):
-        vision_config: the CLIP tower, a dict or `CLIPVisionConfig`; None is ViT-L/14-336 as released.
-            Pictures are cut into crops of `vision_config.image_size` pixels.
+        vision_config: the CLIP tower, a dict or `CLIPVisionConfig`; None is ViT-L/14-336 as
+            released. Pictures are cut into crops of `vision_config.image_size` pixels.
         img_processor: published description of the tower; only informative here.
         embd_layer: published description of the projector; `hd_transform_order` is
             "sub_glb" (released: the detailed crops come before the global one) or "glb_sub".
-        image_token_id: id that stands for one image token in `input_ids`: that of `<|image|>` in the
-            tokenizer; None is 32044, as released, or no such id in a smaller vocabulary.
-        sliding_window: published as the number W of earlier tokens that a token sees beside itself. In
-            memory it is what transformers' masks and caches count, W + 1 tokens with the token itself,
-            or None where W leaves nothing out (the released 131072); `to_dict` writes W back.
+        image_token_id: id that stands for one image token in `input_ids`: that of `<|image|>` in
+            the tokenizer; None is 32044, as released, or no such id in a smaller vocabulary.
+        sliding_window: published as the number W of earlier tokens that a token sees beside itself.
+            In memory it is what transformers' masks and caches count, W + 1 tokens with the token
+            itself, or None where W leaves nothing out (the released 131072); `to_dict` writes W
+            back.
 
-    `rope_scaling` may carry the published types "su" and "yarn" or the newer name "longrope"; the name
-    is kept, and `to_dict` writes `rope_theta` and `rope_scaling` back as they were published.
+    `rope_scaling` may carry the published types "su" and "yarn" or the newer name "longrope"; the
+    name is kept, and `to_dict` writes `rope_theta` and `rope_scaling` back as they were published.
 
     Source: config.json of microsoft/Phi-3-vision-128k-instruct.
     """
@@ -64,10 +69,11 @@ class Phi3VConfig(Phi3Config):
         elif isinstance(self.vision_config, dict):
             self.vision_config = CLIPVisionConfig(**self.vision_config)
         tower = self.vision_config
-        if (tower.image_size // tower.patch_size) % 2:
+        patches = tower.image_size // tower.patch_size
+        if patches % 2:
             raise ValueError(
-                f"vision_config: {tower.image_size} pixels make {tower.image_size // tower.patch_size} "
-                f"patches of {tower.patch_size} a side; the 2x2 merge needs an even number."
+                f"vision_config: {tower.image_size} pixels make {patches} patches of "
+                f"{tower.patch_size} a side; the 2x2 merge needs an even number."
             )
         if self.img_processor is None:
             self.img_processor = {
@@ -84,13 +90,22 @@ class Phi3VConfig(Phi3Config):
                 "use_hd_transform": True,
                 "with_learnable_separator": True,
             }
-        self._unlimited_window = None  # a published window that leaves nothing out, to be written back
+        self._unlimited_window = (
+            None  # a published window that leaves nothing out, to be written back
+        )
         if self.sliding_window is not None:
             if self.sliding_window >= self.max_position_embeddings:
                 self._unlimited_window, self.sliding_window = self.sliding_window, None
             else:
                 self.sliding_window += 1
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """Read a config.json but for its attention back end: the machine and the caller decide."""
+        wishes = ("attn_implementation", "_attn_implementation")
+        fields = {key: value for key, value in config_dict.items() if key not in wishes}
+        return super().from_dict(fields, **kwargs)
 
     @property
     def image_tokens_per_crop(self) -> int:
@@ -104,7 +119,7 @@ class Phi3VConfig(Phi3Config):
         return self.embd_layer.get("hd_transform_order", "sub_glb")
 
     def convert_rope_params_to_dict(self, **kwargs):
-        """Read the published `rope_scaling`; transformers knows its three types as one, "longrope"."""
+        """Read the published `rope_scaling`; transformers knows its types as one, "longrope"."""
         published = kwargs.get("rope_scaling") or self.rope_parameters
         if published:
             kind = published.get("type") or published.get("rope_type") or "default"

@@ -8,16 +8,18 @@ import torch
 
 from .configuration import RELEASED_IMAGE_TOKEN
 
-RELEASED_STOPS = [2, 32000, 32007]  # </s>, <|endoftext|>, <|end|>: published files name only the first
+# </s>, <|endoftext|>, <|end|>: published files name only the first
+RELEASED_STOPS = [2, 32000, 32007]
 
 
 class Phi3VGeneration:
     """Mix-in before `GenerationMixin` for the dense model and the mixture."""
 
     def generate(self, inputs=None, *args, **kwargs):
-        """As in transformers; padding on the right, after which no answer could begin, is moved to the left."""
+        """As in transformers; padding on the right, where answers begin, is moved to the left."""
         ids, mask = kwargs.get("input_ids", inputs), kwargs.get("attention_mask")
-        if ids is not None and mask is not None and mask.shape == ids.shape and not mask[:, -1].all():
+        fits = ids is not None and mask is not None and mask.shape == ids.shape
+        if fits and not mask[:, -1].all():
             order = mask.argsort(dim=-1, stable=True)
             kwargs.pop("input_ids", None)
             inputs, kwargs["attention_mask"] = ids.gather(1, order), mask.gather(1, order)
@@ -49,7 +51,8 @@ class Phi3VGeneration:
         """Pass pictures on with the tokens that show them, and only then.
 
         A cache filled with the short position factors is of no use once the text outgrows
-        `original_max_position_embeddings`: it is dropped and the text read again with the long ones.
+        `original_max_position_embeddings`: it is dropped and the text read again with the long
+        ones.
         """
         if input_ids.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
@@ -71,17 +74,17 @@ class Phi3VGeneration:
         unread = inputs.get("input_ids")
         if unread is None or unread.shape[1] == 1 or not self._is_image(unread).any():
             return inputs
-        if pixel_values is not None:
-            inputs["pixel_values"], inputs["image_sizes"] = pixel_values, image_sizes
-        if not is_first_iteration or (pixel_values is not None and unread.shape[1] < input_ids.shape[1]):
-            inputs |= self._unread_pictures(input_ids, unread, pixel_values, image_sizes, is_first_iteration)
-        return inputs
+        pictures = {"pixel_values": pixel_values, "image_sizes": image_sizes}
+        if is_first_iteration and (pixel_values is None or unread.shape == input_ids.shape):
+            return inputs | pictures
+        return inputs | self._unread(input_ids, unread, **pictures, strict=is_first_iteration)
 
-    def _unread_pictures(self, input_ids, unread, pixel_values, image_sizes, strict) -> dict[str, Any]:
-        """Inputs for the last ids of each row (`unread`), the pictures before them being in the cache.
+    def _unread(self, input_ids, unread, pixel_values, image_sizes, strict) -> dict[str, Any]:
+        """Inputs for the last ids of each row (`unread`); pictures before them are in the cache.
 
-        Image tokens beyond the given pictures are an error if `strict`; else the model (or, in assisted
-        generation, its assistant) has written them, and they are embedded like any other token.
+        Image tokens beyond the given pictures are an error if `strict`; else the model (or, in
+        assisted generation, its assistant) has written them, and they are embedded like any other
+        token.
         """
         sizes = image_sizes if image_sizes is not None else unread.new_zeros(0, 2)
         order, rooms, first = [], [], 0
@@ -91,7 +94,7 @@ class Phi3VGeneration:
             total = self._pictures_in(whole[None], sizes[first:])
             shown = range(self._pictures_in(read[None], sizes[first:]), total)
             room = sum(self._tokens_of(sizes[first + shown.start : first + total]))
-            if tags.any():  # 2024 ids may show any picture of the row again: number those shown anew
+            if tags.any():  # 2024 ids may show any picture of the row: number those shown anew
                 shown = [n - 1 for n in tags.unique().tolist() if 0 < n <= len(sizes) - first]
                 room = int(tags.count_nonzero())
                 for new, n in enumerate(shown, start=1):
@@ -99,14 +102,17 @@ class Phi3VGeneration:
             order += [first + n for n in shown]
             rooms.append(room)
             first += total
-        pictures = {"pixel_values": pixel_values[order], "image_sizes": sizes[order]} if order else {}
+        pictures = {"pixel_values": None, "image_sizes": None}
+        if order:
+            pictures = {"pixel_values": pixel_values[order], "image_sizes": sizes[order]}
         is_image = self._is_image(ids)
         written = is_image & (is_image.cumsum(-1) > torch.tensor(rooms, device=ids.device)[:, None])
         if strict or not written.any():
-            return {"pixel_values": None, "image_sizes": None, "input_ids": ids, **pictures}
+            return {"input_ids": ids, **pictures}
         embeds = self.model.embed(ids.masked_fill(written, 0), **pictures)
         embeds[written] = self.get_input_embeddings()(ids[written].clamp(min=0)).to(embeds.dtype)
-        return {"input_ids": None, "inputs_embeds": embeds, "pixel_values": None, "image_sizes": None}
+        nothing = dict.fromkeys(("input_ids", "pixel_values", "image_sizes"))
+        return {**nothing, "inputs_embeds": embeds}
 
     def _is_image(self, input_ids: torch.Tensor) -> torch.Tensor:
         return (input_ids < 0) | (input_ids == self.config.image_token_id)
@@ -145,10 +151,15 @@ class Phi3VGeneration:
         pixels = model_kwargs.pop("pixel_values", None)
         sizes = model_kwargs.pop("image_sizes", None)
         if pixels is not None and sizes is None:
-            raise ValueError("pixel_values came without image_sizes: pass both as the processor made them.")
+            raise ValueError(
+                "pixel_values came without image_sizes: pass both as the processor made them."
+            )
         rows = input_ids
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+            expand_size=expand_size,
+            is_encoder_decoder=is_encoder_decoder,
+            input_ids=input_ids,
+            **model_kwargs,
         )
         if pixels is not None:
             if expand_size > 1:

@@ -16,7 +16,9 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-BASE64 = re.compile(r"[A-Za-z0-9+/]{100,}={0,2}")  # what no path looks like: long, and without a dot
+BASE64 = re.compile(
+    r"[A-Za-z0-9+/]{100,}={0,2}"
+)  # what no path looks like: long, and without a dot
 
 
 def load_picture(source: Any) -> Image.Image:
@@ -24,8 +26,8 @@ def load_picture(source: Any) -> Image.Image:
 
     Args:
         source: PIL image; numpy or torch array (H, W), (H, W, C) or (C, H, W), integers in
-            0..255 or floats in 0..1 (0..255 where one is above 1); path; `data:image/...;base64,` URI or
-            base64 alone; http(s) URL; or the bytes of an image file.
+            0..255 or floats in 0..1 (0..255 where one is above 1); path; `data:image/...;base64,`
+            URI or base64 alone; http(s) URL; or the bytes of an image file.
 
     Raises:
         ValueError: the picture is empty, unreadable or truncated, or of an unknown type.
@@ -76,7 +78,9 @@ def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
     if array.dtype != np.uint8:
         scale = 255 if array.dtype.kind in "fb" and array.max() <= 1 else 1
         if array.min() < 0 or array.max() * scale > 255:
-            raise ValueError(f"values run from {array.min():g} to {array.max():g}; want 0..1 or 0..255")
+            raise ValueError(
+                f"values run from {array.min():g} to {array.max():g}; want 0..1 or 0..255"
+            )
         array = np.round(array * scale).astype(np.uint8)
     return Image.fromarray(array)
 
@@ -84,16 +88,19 @@ def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
 class Phi3VImageProcessor(BaseImageProcessor):
     """Resize, pad and cut a picture into one global crop and up to `num_crops` detailed ones.
 
-    The picture is enlarged (or shrunk) so that its long side spans as many crops as `num_crops` allows,
-    padded with white to whole crops, normalised, and cut. The global crop is the padded picture, resized.
+    The picture is enlarged (or shrunk) so that its long side spans as many crops as `num_crops`
+    allows, padded with white to whole crops, normalised, and cut. The global crop is the padded
+    picture, resized.
 
     Args:
-        num_crops: most detailed crops of a picture; released: 16 (Phi-3-vision), 4 (Phi-3.5-vision).
+        num_crops: most detailed crops of a picture; released: 16 (Phi-3-vision), 4
+            (Phi-3.5-vision).
         crop_size: pixels of a crop's side, `vision_config.image_size` of the model.
         num_img_tokens: image tokens of one crop, (crop_size / patch_size / 2) ** 2.
         image_mean, image_std: per channel, in 0..1.
 
-    Source: preprocessor_config.json of microsoft/Phi-3-vision-128k-instruct and measurements of its code.
+    Source: preprocessor_config.json of microsoft/Phi-3-vision-128k-instruct and measurements of its
+        code.
     """
 
     model_input_names = ["pixel_values", "image_sizes", "num_img_tokens"]
@@ -114,7 +121,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
         self.do_convert_rgb = do_convert_rgb
 
     def hd_size(self, width: int, height: int, num_crops: int | None = None) -> tuple[int, int]:
-        """Size (width, height) in pixels that a picture is resized to, before padding to whole crops.
+        """Size (width, height) in pixels that a picture is resized to before it is padded.
 
         Raises:
             ValueError: the picture is so thin that nothing of it would be left.
@@ -128,8 +135,8 @@ class Phi3VImageProcessor(BaseImageProcessor):
         short_side = int(long_side / ratio)
         if short_side < 1:
             raise ValueError(
-                f"A picture of {width}x{height} pixels is too thin: its aspect ratio may be at most "
-                f"{long_side} with num_crops={num_crops}. Cut it into parts or pad it."
+                f"A picture of {width}x{height} pixels is too thin: its aspect ratio may be at "
+                f"most {long_side} with num_crops={num_crops}. Cut it into parts or pad it."
             )
         return (long_side, short_side) if width >= height else (short_side, long_side)
 
@@ -169,16 +176,20 @@ class Phi3VImageProcessor(BaseImageProcessor):
             images: one picture or a list of them; see `load_picture` for what a picture may be.
             num_crops: instead of the processor's own.
             return_tensors: "pt" or "np".
+            **kwargs: what transformers passes to other image processors; without effect.
 
         Returns:
-            pixel_values (pictures, num_crops + 1, 3, crop_size, crop_size) float32: the global crop, the
-            detailed crops row by row, zeros; image_sizes (pictures, 2): padded height and width in pixels;
+            pixel_values (pictures, num_crops + 1, 3, crop_size, crop_size) float32: the global
+            crop, the detailed crops row by row, zeros; image_sizes (pictures, 2): padded height and
+            width in pixels;
             num_img_tokens: list of the image tokens of each picture.
         """
         images = images if isinstance(images, (list, tuple)) else [images]
         num_crops = num_crops or self.num_crops
         if not images:
-            raise ValueError("No pictures were given: pass images=None for a text without pictures.")
+            raise ValueError(
+                "No pictures were given: pass images=None for a text without pictures."
+            )
         pixels, sizes, counts = [], [], []
         for image in images:
             crops, (height, width) = self._crops(load_picture(image), num_crops)

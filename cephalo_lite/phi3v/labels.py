@@ -8,8 +8,8 @@ IGNORED = -100  # the label that torch's cross entropy leaves out
 def answer_labels(ids: list[int], tokenizer) -> list[int]:
     """Labels of one row: what the assistant says and the `<|end|>` after it; -100 elsewhere.
 
-    The line break after `<|assistant|>` belongs to the prompt and is not learnt. A turn that breaks off
-    (a prompt to be answered, or a row cut short) is covered as far as it goes.
+    The line break after `<|assistant|>` belongs to the prompt and is not learnt. A turn that breaks
+    off (a prompt to be answered, or a row cut short) is covered as far as it goes.
 
     Args:
         ids: token ids of a chat in Phi-3's format.
@@ -35,7 +35,7 @@ def answer_labels(ids: list[int], tokenizer) -> list[int]:
 
 
 def _after_line_break(ids: list[int], start: int, tokenizer) -> int:
-    """Position after the line break that may follow `<|assistant|>` (in LLaMA vocabularies '▁', '\\n')."""
+    """Position after the line break that may follow `<|assistant|>`, and the '▁' before it."""
     for position in range(start, min(start + 3, len(ids))):
         text = tokenizer.decode(ids[position])
         if text == "\n":

@@ -26,16 +26,20 @@ class Phi3VImageEmbedding(nn.Module):
         super().__init__()
         self.config = config
         width = 4 * config.vision_config.hidden_size
-        config.vision_config._experts_implementation = None  # a tower has no experts to choose a way for
+        config.vision_config._experts_implementation = (
+            None  # a tower has no experts to choose a way for
+        )
         self.img_processor = CLIPVisionModel._from_config(config.vision_config)
         self.glb_GN = nn.Parameter(torch.zeros(1, 1, width))  # between the parts
         self.sub_GN = nn.Parameter(torch.zeros(1, 1, 1, width))  # at the end of each line
         self.img_projection = nn.Sequential(
-            nn.Linear(width, config.hidden_size), nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)
+            nn.Linear(width, config.hidden_size),
+            nn.GELU(),
+            nn.Linear(config.hidden_size, config.hidden_size),
         )
 
     def patch_features(self, crops: torch.Tensor) -> torch.Tensor:
-        """Features (n, patches, C) of the layer before the last of the tower, without the class token.
+        """Features (n, patches, C) of the tower's last layer but one, without the class token.
 
         The last layer and the final norm have weights in every checkpoint but are never computed.
         """
@@ -51,7 +55,7 @@ class Phi3VImageEmbedding(nn.Module):
         return self.glb_GN.dtype
 
     def lines(self, blocks: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-        """Lay merged crops (rows * columns, S, S, 4C) on their grid and end each line with `sub_GN`."""
+        """Lay merged crops (rows * columns, S, S, 4C) on their grid, lines ended by `sub_GN`."""
         _, side, _, width = blocks.shape
         grid = blocks.reshape(rows, columns, side, side, width).permute(0, 2, 1, 3, 4)
         grid = grid.reshape(rows * side, columns * side, width)
@@ -84,7 +88,9 @@ class Phi3VImageEmbedding(nn.Module):
         for (rows, columns), part in zip(grids, blocks.split(counts), strict=True):
             overview, detail = self.lines(part[:1], 1, 1), self.lines(part[1:], rows, columns)
             parts = [detail, self.glb_GN[0], overview]
-            pictures.append(torch.cat(parts if self.config.hd_transform_order == "sub_glb" else parts[::-1]))
+            pictures.append(
+                torch.cat(parts if self.config.hd_transform_order == "sub_glb" else parts[::-1])
+            )
         tokens = self.img_projection(torch.cat(pictures))
         return list(tokens.split([len(picture) for picture in pictures]))
 
@@ -103,7 +109,9 @@ class Phi3VModel(Phi3Model):
         self.embed_dropout = nn.Dropout(config.embd_pdrop)
         self.post_init()
 
-    def get_image_features(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> list[torch.Tensor]:
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor
+    ) -> list[torch.Tensor]:
         """Image tokens (tokens, D) of each picture; see `Phi3VImageEmbedding.forward`."""
         return self.vision_embed_tokens(pixel_values, image_sizes)
 
@@ -120,12 +128,14 @@ class Phi3VModel(Phi3Model):
         if pixel_values is None:
             if input_ids.shape[1] > 1 and is_image.any():
                 raise ValueError(
-                    f"input_ids hold {int(is_image.sum())} image tokens, but no pixel_values were given: "
-                    "pass pixel_values and image_sizes along with input_ids."
+                    f"input_ids hold {int(is_image.sum())} image tokens, but no pixel_values were "
+                    "given: pass pixel_values and image_sizes along with input_ids."
                 )
             return self.embed_tokens(input_ids)
         if image_sizes is None:
-            raise ValueError("pixel_values came without image_sizes: pass both as the processor made them.")
+            raise ValueError(
+                "pixel_values came without image_sizes: pass both as the processor made them."
+            )
         text = self.embed_tokens(input_ids.masked_fill(is_image, 0))
         pictures = self.get_image_features(pixel_values, image_sizes)
         tokens = place_images(input_ids, is_image, pictures)  # (image tokens, D)
@@ -152,8 +162,8 @@ class Phi3VModel(Phi3Model):
         if inputs_embeds.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
                 f"The prompt has {inputs_embeds.shape[1]} tokens; the model reads at most "
-                f"{self.config.max_position_embeddings} (max_position_embeddings). Shorten the text, or "
-                "process pictures with fewer crops (num_crops)."
+                f"{self.config.max_position_embeddings} (max_position_embeddings). Shorten the "
+                "text, or process pictures with fewer crops (num_crops)."
             )
         return super().forward(
             attention_mask=attention_mask,
@@ -172,7 +182,9 @@ class Phi3VPreTrainedModel(StrictLoading, Phi3PreTrainedModel):
     config_class = Phi3VConfig
     input_modalities = ("image", "text")
     _no_split_modules = Phi3VModel._no_split_modules
-    _keys_to_ignore_on_load_unexpected = [r"vision_embed_tokens\.wte\.weight$"]  # embed_tokens again
+    _keys_to_ignore_on_load_unexpected = [
+        r"vision_embed_tokens\.wte\.weight$"
+    ]  # embed_tokens again
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -183,11 +195,11 @@ class Phi3VPreTrainedModel(StrictLoading, Phi3PreTrainedModel):
 
 
 class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGeneration, GenerationMixin):
-    """Phi-3-Vision with its language-model head; reads released checkpoints as they are.
+    r"""Phi-3-Vision with its language-model head; reads released checkpoints as they are.
 
     Example:
         >>> model = Phi3VForCausalLM.from_pretrained("microsoft/Phi-3-vision-128k-instruct")
-        >>> inputs = processor(images=picture, text="<|user|>\\n<|image_1|>\\nWhat is shown?<|end|>\\n")
+        >>> inputs = processor(picture, "<|user|>\n<|image_1|>\nWhat is it?<|end|>\n")
         >>> ids = model.generate(**inputs, max_new_tokens=64)
     """
 
@@ -201,7 +213,9 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGeneration, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_image_features(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> list[torch.Tensor]:
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor
+    ) -> list[torch.Tensor]:
         """Image tokens (tokens, D) of each picture."""
         return self.model.get_image_features(pixel_values, image_sizes)
 
@@ -223,13 +237,20 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGeneration, GenerationMixin):
         """Logits, and the loss where labels are given.
 
         Args:
-            input_ids: (B, T) text ids with `config.image_token_id` once per image token, or the negative
-                ids of the 2024 processor (-n for a token of picture n of its row).
+            input_ids: (B, T) text ids with `config.image_token_id` once per image token, or the
+                negative ids of the 2024 processor (-n for a token of picture n of its row).
             attention_mask: (B, T), 0 where a row is padded, left or right.
-            pixel_values: (pictures, crops + 1, 3, s, s), the pictures of row 0 first, in the order of
-                their image tokens; image_sizes: (pictures, 2) pixels.
+            position_ids: (B, T); None counts from the length of the cache, padding included.
+            past_key_values: any cache of transformers.
+            inputs_embeds: (B, T, D) in the place of input_ids.
+            pixel_values: (pictures, crops + 1, 3, s, s), the pictures of row 0 first, in the order
+                of their image tokens.
+            image_sizes: (pictures, 2) height and width in pixels.
             labels: (B, T) ids to predict, -100 where nothing is learnt.
-            logits_to_keep: last n positions (or their indices) for which logits are computed; 0 is all.
+            use_cache: return the cache, made anew where none is given.
+            logits_to_keep: last n positions (or their indices) for which logits are computed; 0 is
+                all.
+            **kwargs: as in transformers, such as output_hidden_states.
 
         Raises:
             ValueError: image tokens and pictures do not match, or the prompt is too long.
@@ -249,7 +270,9 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGeneration, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, keep])  # (B, T, V)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs
+            )
         return self._output(outputs, logits, loss, attention_mask)
 
     def _output(self, outputs, logits, loss, attention_mask) -> CausalLMOutputWithPast:

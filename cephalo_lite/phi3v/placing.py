@@ -10,12 +10,13 @@ def place_images(
 ) -> torch.Tensor:
     """The features of all image tokens, in the order of the text.
 
-    With the placeholder id, pictures come in the order in which the rows use them (the processor sorts
-    them so). With the negative ids of the 2024 processor, -n is picture n of its row, in any order and as
-    often as it is named; the pictures of a row follow those of the row before.
+    With the placeholder id, pictures come in the order in which the rows use them (the processor
+    sorts them so). With the negative ids of the 2024 processor, -n is picture n of its row, in any
+    order and as often as it is named; the pictures of a row follow those of the row before.
 
     Args:
-        input_ids: (B, T) with `is_image` (B, T) true at image tokens.
+        input_ids: (B, T).
+        is_image: (B, T), true at image tokens.
         pictures: one tensor (tokens, D) per picture.
 
     Returns:
@@ -30,9 +31,9 @@ def place_images(
     wanted, given = int(is_image.sum()), sum(len(picture) for picture in pictures)
     if wanted != given:
         raise ValueError(
-            f"The prompt has room for {wanted} image tokens, the {len(pictures)} pictures fill {given}. "
-            "Name each picture once more or less (<|image_1|>, <|image_2|>, ...), or check that "
-            "config.image_token_id is the id of <|image|> in the tokenizer."
+            f"The prompt has room for {wanted} image tokens, the {len(pictures)} pictures fill "
+            f"{given}. Name each picture once more or less (<|image_1|>, <|image_2|>, ...), or "
+            "check that config.image_token_id is the id of <|image|> in the tokenizer."
         )
     return torch.cat(pictures)
 
@@ -44,8 +45,8 @@ def _named(rows: list[list[int]], pictures: list[torch.Tensor]) -> list[torch.Te
         used = sorted(set(tags) - {0})
         if used and (used[-1] != len(used) or first + used[-1] > len(pictures)):
             raise ValueError(
-                f"A prompt names the pictures {used}, but pictures are numbered from 1 without gaps and "
-                f"{len(pictures) - first} are left for it."
+                f"A prompt names the pictures {used}, but pictures are numbered from 1 without "
+                f"gaps and {len(pictures) - first} are left for it."
             )
         position = 0
         while position < len(tags):
@@ -55,7 +56,8 @@ def _named(rows: list[list[int]], pictures: list[torch.Tensor]) -> list[torch.Te
             picture = pictures[first + tags[position] - 1]
             if tags[position : position + len(picture)] != [tags[position]] * len(picture):
                 raise ValueError(
-                    f"The prompt gives picture {tags[position]} fewer than its {len(picture)} image tokens."
+                    f"The prompt gives picture {tags[position]} fewer than its {len(picture)} "
+                    "image tokens."
                 )
             ordered.append(picture)
             position += len(picture)

@@ -35,23 +35,25 @@ CHAT_TEMPLATE = (
     "{%- endif -%}"
     "{{- '<|end|>\\n' -}}"
     "{%- endfor -%}"
-    "{%- if add_generation_prompt and messages[-1]['role'] != 'assistant' -%}{{- '<|assistant|>\\n' -}}{%- endif -%}"
+    "{%- if add_generation_prompt and messages[-1]['role'] != 'assistant' -%}"
+    "{{- '<|assistant|>\\n' -}}"
+    "{%- endif -%}"
 )
 
 
 class Phi3VProcessor(ProcessorMixin):
     """Turn prompts and pictures into model inputs.
 
-    A prompt names its pictures with `<|image_1|>`, `<|image_2|>`, ... in any order, each as often as
-    it likes. Text between the tags is tokenised piece by piece, as the published processor does. Where
-    that wrote negative ids, the placeholder `<|image|>` stands for each image token, and pictures
-    are sorted in the order in which the prompts use them.
+    A prompt names its pictures with `<|image_1|>`, `<|image_2|>`, ... in any order, each as often
+    as it likes. Text between the tags is tokenised piece by piece, as the published processor does.
+    Where that wrote negative ids, the placeholder `<|image|>` stands for each image token, and
+    pictures are sorted in the order in which the prompts use them.
 
     Args:
         image_processor: a `Phi3VImageProcessor`.
         tokenizer: a tokenizer with `<|image|>`, `<|user|>`, `<|assistant|>` and `<|end|>`.
-        chat_template: Jinja template; by default one that takes `{"type": "image"}` parts as well as
-            plain strings with tags.
+        chat_template: Jinja template; by default one that takes `{"type": "image"}` parts as well
+            as plain strings with tags.
     """
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
@@ -60,7 +62,8 @@ class Phi3VProcessor(ProcessorMixin):
         absent = {self.image_token, "<|user|>", "<|assistant|>", "<|end|>"} - set(vocabulary)
         if absent:
             raise ValueError(
-                f"The tokenizer lacks {', '.join(sorted(absent))}: it is not one of a Phi-3-Vision model."
+                f"The tokenizer lacks {', '.join(sorted(absent))}: it is not that of a "
+                "Phi-3-Vision model."
             )
         self.image_token_id = vocabulary[self.image_token]
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
@@ -82,21 +85,23 @@ class Phi3VProcessor(ProcessorMixin):
         """Prepare one prompt or a batch.
 
         Args:
-            images: None; one picture; a list; or, for a batch, a list of lists (one per prompt). A flat
-                list is dealt out to the prompts of a batch by their tags.
+            images: None; one picture; a list; or, for a batch, a list of lists (one per prompt). A
+                flat list is dealt out to the prompts of a batch by their tags.
             text: one prompt or a list. The 2024 order of arguments (text, images) works as well.
             padding: True or "longest", "max_length" (with `max_length`), or False.
             truncation: cut prompts longer than `max_length` at the right; never through a picture.
+            max_length: tokens per prompt; None is the tokenizer's own limit.
             padding_side: "left" or "right", by default the tokenizer's.
             return_tensors: "pt", "np", or None for lists.
-            return_labels: add `labels` (B, T): the ids of the assistant's turns with their `<|end|>`,
-                -100 elsewhere.
+            return_labels: add `labels` (B, T): the ids of the assistant's turns with their
+                `<|end|>`, -100 elsewhere.
             add_special_tokens: begin each piece with the tokenizer's BOS, as published.
             num_crops: most detailed crops per picture, instead of the image processor's.
+            **kwargs: what transformers passes to processors of other media; without effect.
 
         Returns:
-            input_ids, attention_mask (B, T); with pictures pixel_values (pictures, crops + 1, 3, s, s) and
-            image_sizes (pictures, 2).
+            input_ids, attention_mask (B, T); with pictures pixel_values (pictures, crops + 1, 3, s,
+            s) and image_sizes (pictures, 2).
 
         Raises:
             ValueError: pictures and tags do not match, a picture cannot be read, rows of different
@@ -107,8 +112,8 @@ class Phi3VProcessor(ProcessorMixin):
             images, text = text, images
         if not _is_text(text):
             raise ValueError(
-                "No text was given: pass a prompt such as '<|user|>\\n<|image_1|>\\nWhat is shown?<|end|>\\n', "
-                "or a list of prompts."
+                "No text was given: pass a prompt such as '<|user|>\\n<|image_1|>\\nWhat is "
+                "shown?<|end|>\\n', or a list of prompts."
             )
         prompts = [text] if isinstance(text, str) else list(text)
         pictures, counts = self._deal(prompts, images)
@@ -135,31 +140,40 @@ class Phi3VProcessor(ProcessorMixin):
         tags = [{int(n) for n in TAG.findall(prompt)} for prompt in prompts]
         if images is None:
             if any(tags):
-                warnings.warn("A prompt names pictures, but none were given: tags are read as text.", stacklevel=3)
+                warnings.warn(
+                    "A prompt names pictures, but none were given: tags are read as text.",
+                    stacklevel=3,
+                )
             return [], [None] * len(prompts)
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         if any(isinstance(entry, (list, tuple)) or entry is None for entry in images):
             if len(images) != len(prompts):
-                raise ValueError(f"{len(prompts)} prompts, but lists of pictures for {len(images)}.")
+                raise ValueError(
+                    f"{len(prompts)} prompts, but lists of pictures for {len(images)}."
+                )
             images = [_listed(entry) for entry in images]
         elif len(prompts) == 1:
             images = [images]
         else:
             if len(images) != sum(map(len, tags)):
                 raise ValueError(
-                    f"The prompts name {sum(map(len, tags))} pictures, but {len(images)} were given."
+                    f"The prompts name {sum(map(len, tags))} pictures, but {len(images)} were "
+                    "given."
                 )
             left = iter(images)
             images = [[next(left) for _ in tag] for tag in tags]
         for number, (named, given) in enumerate(zip(tags, images, strict=True)):
             if named != set(range(1, len(given) + 1)):
                 raise ValueError(
-                    f"Prompt {number}: it names the pictures {sorted(named)}, and {len(given)} were given. "
-                    "Name each picture once or more, numbered from 1: <|image_1|>, <|image_2|>, ..."
+                    f"Prompt {number}: it names the pictures {sorted(named)}, and {len(given)} "
+                    "were given. Name each picture once or more, numbered from 1: <|image_1|>, "
+                    "<|image_2|>, ..."
                 )
         return [picture for given in images for picture in given], [len(given) for given in images]
 
-    def _pictures(self, pictures: list, prompts: list[str], counts: list, num_crops: int | None) -> dict:
+    def _pictures(
+        self, pictures: list, prompts: list[str], counts: list, num_crops: int | None
+    ) -> dict:
         """Crops of all pictures in the order of use, and the image tokens of each by number."""
         if not pictures:
             return {"tokens": []}
@@ -187,8 +201,8 @@ class Phi3VProcessor(ProcessorMixin):
     def _cut(self, row: list[int], max_length: int) -> list[int]:
         if self.image_token_id in row[max_length:]:
             raise ValueError(
-                f"Cutting the prompt of {len(row)} tokens to {max_length} would cut a picture: raise "
-                "max_length or lower num_crops."
+                f"Cutting the prompt of {len(row)} tokens to {max_length} would cut a picture: "
+                "raise max_length or lower num_crops."
             )
         return row[:max_length]
 
@@ -196,7 +210,9 @@ class Phi3VProcessor(ProcessorMixin):
         length = max(map(len, rows))
         if padding == "max_length":
             if max_length is None or length > max_length:
-                raise ValueError(f"padding='max_length' needs max_length >= {length}, not {max_length}.")
+                raise ValueError(
+                    f"padding='max_length' needs max_length >= {length}, not {max_length}."
+                )
             length = max_length
         side = side or self.tokenizer.padding_side
         data = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
@@ -205,7 +221,11 @@ class Phi3VProcessor(ProcessorMixin):
         if not padding:
             return data
         pad = self.tokenizer.pad_token_id
-        fillers = {"input_ids": pad if pad is not None else 0, "attention_mask": 0, "labels": IGNORED}
+        fillers = {
+            "input_ids": pad if pad is not None else 0,
+            "attention_mask": 0,
+            "labels": IGNORED,
+        }
 
         def fill(row: list[int], filler: int) -> list[int]:
             gap = [filler] * (length - len(row))
@@ -215,7 +235,7 @@ class Phi3VProcessor(ProcessorMixin):
 
     @classmethod
     def _load_tokenizer_from_pretrained(cls, sub_processor_type, folder, subfolder="", **kwargs):
-        """Read tokenizer.json as it is; the LlamaTokenizer that published folders name would rebuild it."""
+        """Read tokenizer.json as it is: LlamaTokenizer, which folders name, would rebuild it."""
         return PreTrainedTokenizerFast.from_pretrained(folder, subfolder=subfolder, **kwargs)
 
     @property
@@ -225,7 +245,7 @@ class Phi3VProcessor(ProcessorMixin):
 
 
 def _is_text(value: Any, tagged: bool = False) -> bool:
-    """Whether a value is a prompt or a list of them; a `tagged` one has tags, so it is no path of a picture."""
+    """Whether a value is a prompt or a list of them; a `tagged` one can be no path."""
     values = value if isinstance(value, (list, tuple)) else [value]
     return bool(values) and all(isinstance(v, str) and ("<|" in v or not tagged) for v in values)
 
@@ -239,6 +259,7 @@ def _listed(entry: Any) -> list:
 def _tensor(rows: list[list[int]]) -> torch.Tensor:
     if len({len(row) for row in rows}) > 1:
         raise ValueError(
-            f"The prompts have {', '.join(str(len(row)) for row in rows)} tokens: pass padding=True."
+            f"The prompts have {', '.join(str(len(row)) for row in rows)} tokens: pass "
+            "padding=True."
         )
     return torch.tensor(rows)

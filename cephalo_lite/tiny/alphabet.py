@@ -1,9 +1,9 @@
 """Pages of single symbols at known places, on which the tiny tower learns to see shapes.
 
 A released tower (CLIP) has seen millions of pictures before any language model is attached to it.
-The tiny one learns from these pages instead: each patch must say which symbol it lies on. Pages show
-every shape of the world, held-back ones too, but no names and no LaTeX: what a shape is *called* is left
-to the language model.
+The tiny one learns from these pages instead: each patch must say which symbol it lies on. Pages
+show every shape of the world, held-back ones too, but no names and no LaTeX: what a shape is
+*called* is left to the language model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .digits import COLOURS, _strokes, digit_indices
 from .formulas import DIGITS, FONTS, GREEK, LETTERS, typeset
 
 SIZE = 112  # pixels
-TYPED = (*LETTERS, *DIGITS, *GREEK, "+", "-", "=", "\\sum", "\\int", "\\sqrt{\\ }")
+TYPED = (*LETTERS, *DIGITS, *GREEK, "+", "-", "=")
 CLASSES = 1 + len(TYPED) + 10  # bare paper, typeset symbols, handwritten digits
 
 
@@ -32,7 +32,8 @@ def page(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """One page: typeset symbols on paper, or handwritten digits on a dark ground.
 
     Returns:
-        Pixels (112, 112, 3) uint8, and for each pixel the number of its symbol (112, 112), 0 on bare ground.
+        Pixels (112, 112, 3) uint8, and for each pixel the number of its symbol (112, 112), 0 on
+        bare ground.
     """
     by_hand = rng.random() < 0.3
     ground = rng.uniform(10, 75, 3) if by_hand else np.full(3, 255.0)
@@ -46,7 +47,9 @@ def page(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
             number, side = 1 + len(TYPED) + digit, int(rng.integers(36, 48))
             ink = Image.fromarray(stroke).resize((side, side), Image.Resampling.BICUBIC)
             alpha = np.clip(np.asarray(ink) * 1.35 - 0.12, 0, 1)
-            colour = np.asarray(list(COLOURS.values())[rng.integers(len(COLOURS))]) * rng.uniform(0.86, 1)
+            colour = np.asarray(list(COLOURS.values())[rng.integers(len(COLOURS))]) * rng.uniform(
+                0.86, 1
+            )
         else:
             symbol = int(rng.integers(len(TYPED)))
             ink = _typed()[symbol][rng.integers(len(FONTS))]
@@ -70,6 +73,8 @@ def pages(count: int, patch: int, seed: int = 0) -> tuple[torch.Tensor, torch.Te
     """Pages (count, 3, 112, 112) uint8 and the symbol at each patch's middle (count, patches)."""
     rng = np.random.default_rng(seed)
     drawn = [page(rng) for _ in range(count)]
-    pixels = torch.from_numpy(np.stack([pixels for pixels, _ in drawn])).permute(0, 3, 1, 2).contiguous()
+    pixels = (
+        torch.from_numpy(np.stack([pixels for pixels, _ in drawn])).permute(0, 3, 1, 2).contiguous()
+    )
     middle = slice(patch // 2, None, patch)
     return pixels, torch.from_numpy(np.stack([where[middle, middle].ravel() for _, where in drawn]))

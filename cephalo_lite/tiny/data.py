@@ -15,14 +15,16 @@ from .world import Sample
 class Row:
     """A sample made ready."""
 
-    picture: torch.Tensor  # (3, H, W) uint8, after the HD transform
-    turns: list[tuple[list[int], list[int]]]  # per turn its ids, and its labels (-100 on the question)
-    opening: list[int]  # ids before the first question: <s><|user|>\n, image tokens, <s>
+    picture: torch.Tensor | None  # (3, H, W) uint8, after the HD transform; None in a row of text
+    turns: list[
+        tuple[list[int], list[int]]
+    ]  # per turn its ids, and its labels (-100 on the question)
+    opening: list[int]  # ids before the first question: <s><|user|>\n, image tokens, <s>\n
     domain: str
 
 
 def prepare(samples: list[Sample], processor: Phi3VProcessor) -> list[Row]:
-    """Tokenise every turn of every sample once, so that turns can be shuffled from epoch to epoch."""
+    """Tokenise every turn of every sample once, so that turns can be shuffled in each epoch."""
     rows, openings = [], {}
     for sample in samples:
         picture = processor.image_processor.hd_transform(sample.image)
@@ -30,7 +32,9 @@ def prepare(samples: list[Sample], processor: Phi3VProcessor) -> list[Row]:
         for turn in sample.turns:
             text = f"{turn.question}<|end|>\n<|assistant|>\n"
             ask = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-            say = processor.tokenizer(f"{turn.answer}<|end|>", add_special_tokens=False)["input_ids"]
+            say = processor.tokenizer(f"{turn.answer}<|end|>", add_special_tokens=False)[
+                "input_ids"
+            ]
             turns.append((ask + say, [-100] * len(ask) + say))
         if picture.size not in openings:
             text = "<|user|>\n<|image_1|>\n"
@@ -41,8 +45,36 @@ def prepare(samples: list[Sample], processor: Phi3VProcessor) -> list[Row]:
     return rows
 
 
-def crops(pictures: list[torch.Tensor], processor: Phi3VProcessor) -> tuple[torch.Tensor, torch.Tensor]:
-    """pixel_values (pictures, crops + 1, 3, s, s) and image_sizes (pictures, 2), as the processor makes them."""
+def words_to_copy(samples: list[Sample], processor: Phi3VProcessor) -> list[Row]:
+    r"""Rows without pictures that ask for an answer's words to be repeated.
+
+    Made from samples that are held back, they let the base read and write words (`gyroid`,
+    `\alpha`) whose looks it is never shown, as a language model has read of more than any tower has
+    seen.
+    """
+    opening = processor.tokenizer("<|user|>\n")["input_ids"]
+    rows = []
+    for sample in samples:
+        turns = []
+        for turn in sample.turns:
+            text = f"Copy: {turn.answer}<|end|>\n<|assistant|>\n"
+            ask = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+            say = processor.tokenizer(f"{turn.answer}<|end|>", add_special_tokens=False)[
+                "input_ids"
+            ]
+            turns.append((ask + say, [-100] * len(ask) + say))
+        rows.append(Row(None, turns, opening, sample.domain))
+    return rows
+
+
+def crops(
+    pictures: list[torch.Tensor], processor: Phi3VProcessor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the processor makes of pictures, in one go.
+
+    Returns:
+        pixel_values (pictures, crops + 1, 3, s, s) and image_sizes (pictures, 2).
+    """
     size = processor.image_processor.crop_size
     most = max(p.shape[1] * p.shape[2] for p in pictures) // size**2
     mean = torch.tensor(processor.image_processor.image_mean).view(3, 1, 1)
@@ -59,7 +91,9 @@ def crops(pictures: list[torch.Tensor], processor: Phi3VProcessor) -> tuple[torc
     return pixels, torch.tensor([list(p.shape[1:]) for p in pictures])
 
 
-def batch(rows: list[Row], processor: Phi3VProcessor, generator: np.random.Generator) -> dict[str, torch.Tensor]:
+def batch(
+    rows: list[Row], processor: Phi3VProcessor, generator: np.random.Generator
+) -> dict[str, torch.Tensor]:
     """Model inputs with labels: all turns of each row in random order, padded at the right."""
     between = processor.tokenizer("\n<|user|>\n", add_special_tokens=False)["input_ids"]
     pad = processor.tokenizer.pad_token_id
@@ -73,10 +107,13 @@ def batch(rows: list[Row], processor: Phi3VProcessor, generator: np.random.Gener
         ids.append(line)
         labels.append(goal)
     length = max(map(len, ids))
-    pixels, sizes = crops([row.picture for row in rows], processor)
+    pictures = [row.picture for row in rows if row.picture is not None]
+    pixels, sizes = crops(pictures, processor) if pictures else (None, None)
     return {
         "input_ids": torch.tensor([line + [pad] * (length - len(line)) for line in ids]),
-        "attention_mask": torch.tensor([[1] * len(line) + [0] * (length - len(line)) for line in ids]),
+        "attention_mask": torch.tensor(
+            [[1] * len(line) + [0] * (length - len(line)) for line in ids]
+        ),
         "labels": torch.tensor([goal + [-100] * (length - len(goal)) for goal in labels]),
         "pixel_values": pixels,
         "image_sizes": sizes,

@@ -38,7 +38,7 @@ def tiny_processor(seed: int = 0, corpus_size: int = 3000) -> Phi3VProcessor:
 
 
 def tiny_config(processor: Phi3VProcessor) -> Phi3VConfig:
-    """The configuration of every member of the family, with the ids of this processor's tokenizer."""
+    """The configuration of every member of the family, with this tokenizer's ids."""
     ids = processor.tokenizer.convert_tokens_to_ids
     return Phi3VConfig(
         **DECODER,

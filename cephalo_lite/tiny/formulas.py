@@ -1,7 +1,7 @@
 r"""Short formulas on paper: typeset by matplotlib's mathtext, answered by their LaTeX source.
 
-A small grammar joins letters, digits, superscripts and subscripts by + - and =. Greek letters,
-fractions, roots, sums and integrals are held back. Each formula has exactly one spelling: braces
+A small grammar joins letters, digits, superscripts and subscripts by + - and =. Greek letters
+are held back. Each formula has exactly one spelling: braces
 around every script, and a space only between a macro and a letter that follows it (``\alpha x``).
 """
 
@@ -19,7 +19,7 @@ FONTS = ("cm", "stix")
 LETTERS = tuple("abcknxyz")
 DIGITS = tuple("123456789")
 GREEK = ("\\alpha", "\\beta", "\\gamma", "\\lambda", "\\pi")
-HELD_BACK = (*GREEK, "\\frac", "\\sqrt", "\\sum", "\\int")
+HELD_BACK = GREEK
 
 
 def join(*parts: str) -> str:
@@ -66,13 +66,6 @@ def _scripted(rng: np.random.Generator, held_back: bool) -> tuple[str, int]:
 def _term(rng: np.random.Generator, held_back: bool) -> tuple[str, int]:
     """One summand of a formula and its number of visible symbols."""
     form = rng.random()
-    if held_back and form < 0.2:
-        return f"\\frac{{{_atom(rng, True)}}}{{{_atom(rng, True)}}}", 3
-    if held_back and form < 0.4:
-        return f"\\sqrt{{{_atom(rng, True)}}}", 2
-    if held_back and form < 0.6:
-        body, symbols = _scripted(rng, True)
-        return join(_pick(rng, ("\\sum", "\\int")), body), symbols + 1
     if form > 0.8:  # a product: a coefficient or letter, then a letter
         return join(_atom(rng, held_back), _letter(rng, held_back)), 2
     return _scripted(rng, held_back)
@@ -137,7 +130,7 @@ def typeset(source: str, font: str = "cm") -> np.ndarray:
 
 
 def draw(rng: np.random.Generator, split: str, held_back: bool):
-    """Draws one formula as large as the paper allows, in dark ink, with a little play in size and place.
+    """Draws a formula as large as the paper allows, in dark ink, with some play in size and place.
 
     Args:
         rng: source of all randomness.

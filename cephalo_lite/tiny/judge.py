@@ -13,7 +13,11 @@ from .world import Sample
 
 @torch.inference_mode()
 def answers(
-    model, processor: Phi3VProcessor, samples: list[Sample], batch_size: int = 48, progress: bool = False
+    model,
+    processor: Phi3VProcessor,
+    samples: list[Sample],
+    batch_size: int = 48,
+    progress: bool = False,
 ) -> list[tuple[Sample, int, str]]:
     """Greedy answers to one question per sample, the turns of a sample taken in rotation.
 
@@ -27,24 +31,38 @@ def answers(
     for start in tqdm(steps, desc="answering", disable=not progress, leave=False):
         part = order[start : start + batch_size]
         prompts = [
-            f"<|user|>\n<|image_1|>\n{asked[i][0].turns[asked[i][1]].question}<|end|>\n<|assistant|>\n" for i in part
+            f"<|user|>\n<|image_1|>\n{asked[i][0].turns[asked[i][1]].question}<|end|>\n<|assistant|>\n"
+            for i in part
         ]
         pictures = [[asked[i][0].image] for i in part]
-        inputs = processor(images=pictures, text=prompts, padding=True, padding_side="left").to(model.device)
+        inputs = processor(images=pictures, text=prompts, padding=True, padding_side="left").to(
+            model.device
+        )
         ids = model.generate(**inputs, max_new_tokens=32, do_sample=False)
-        texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        texts = processor.batch_decode(
+            ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
         for i, text in zip(part, texts, strict=True):
             out[i] = (*asked[i], text)
     return out
 
 
 def accuracy(
-    model, processor: Phi3VProcessor, samples: list[Sample], batch_size: int = 48, by: str = "domain"
+    model,
+    processor: Phi3VProcessor,
+    samples: list[Sample],
+    batch_size: int = 48,
+    by: str = "domain",
 ) -> dict[str, float]:
     """Share of answers that equal the known one, letter by letter.
 
     Args:
-        by: "domain", "kind" (of question), "held_back", or "knowledge" (domain and whether held back).
+        model: answers the questions.
+        processor: of the model.
+        samples: pictures with known answers, one question of each is asked.
+        batch_size: samples answered at once.
+        by: "domain", "kind" (of question), "held_back", or "knowledge" (domain and whether held
+            back).
 
     Returns:
         Accuracy in 0..1 per group.

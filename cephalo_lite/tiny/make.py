@@ -1,8 +1,8 @@
-"""Make the tiny family anew: `python -m cephalo_lite.tiny.make` (40 minutes on two CPU cores at most).
+"""Make the tiny family anew: `python -m cephalo_lite.tiny.make` (at most 40 minutes on two cores).
 
 Steps: sample the world, train a tokenizer, train the base (`knowledge="base"`), fine-tune three
-experts from it (`knowledge="all"` of one domain each, MLPs only), judge them all on held-out pictures,
-write four complete checkpoints in the released format and a model card.
+experts from it (`knowledge="all"` of one domain each, MLPs only), judge them all on held-out
+pictures, write four complete checkpoints in the released format and a model card.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import shutil
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,12 +20,11 @@ import torch
 from ..phi3v import Phi3VForCausalLM, Phi3VProcessor
 from . import WEIGHTS
 from .card import model_card
-from .data import prepare
+from .data import prepare, words_to_copy
 from .family import tiny_config, tiny_processor
 from .judge import accuracy
 from .training import start_tower, train, train_expert, train_eyes
 from .world import DOMAINS, make_samples
-
 
 SHARES = {"materials": 1, "general": 2, "latex": 3}  # of the base's samples
 
@@ -41,20 +40,39 @@ class Plan:
     eyes_steps: int = 3000
     base_samples: int = 2000  # times the domain's share: reading needs more practice than looking
     base_steps: int = 1500
+    words_samples: int = 700  # per domain, copied without their pictures
+    words_steps: int = 700  # second part of the base's training: pictures and words to copy
     expert_samples: int = 3000
-    expert_steps: int = 250
+    expert_steps: dict[str, int] = field(
+        default_factory=lambda: {"materials": 400, "general": 400, "latex": 1200}
+    )
     batch_size: int = 32
     eyes_lr: float = 2e-3
     base_lr: float = 2e-3
-    expert_lr: float = 1e-3
-    away: float = 0.15  # share of an expert's tokens that take the base's MLP in training
+    words_lr: float = 1.5e-3
+    expert_lr: float = 1.5e-3
+    away: dict[str, float] = field(  # share of an expert's tokens that take the base's MLP
+        default_factory=lambda: {"materials": 0.15, "general": 0.15, "latex": 0.06}
+    )
     judged: int = 300  # held-out samples per domain
 
     @classmethod
     def quick(cls) -> Plan:
         """A few steps of everything, to see that it runs."""
-        return cls(corpus=90, eyes_samples=8, eyes_pages=8, eyes_steps=2, base_samples=8, base_steps=3,
-                   expert_samples=8, expert_steps=2, batch_size=4, judged=2)  # fmt: skip
+        return cls(
+            corpus=90,
+            eyes_samples=8,
+            eyes_pages=8,
+            eyes_steps=2,
+            base_samples=8,
+            base_steps=3,
+            words_samples=2,
+            words_steps=2,
+            expert_samples=8,
+            expert_steps=dict.fromkeys(DOMAINS, 2),
+            batch_size=4,
+            judged=2,
+        )
 
 
 def make_family(output: Path, plan: Plan, progress: bool = True) -> dict:
@@ -79,44 +97,80 @@ def make_family(output: Path, plan: Plan, progress: bool = True) -> dict:
             base,
             prepare(samples, processor),
             processor,
-            share=plan.away,
-            steps=plan.expert_steps,
+            share=plan.away[domain],
+            steps=plan.expert_steps[domain],
             batch_size=plan.batch_size,
             lr=plan.expert_lr,
             seed=plan.seed + 1,
             description=f"expert: {domain}",
             progress=progress,
         )
-    family = {name: model.to(torch.bfloat16).float() for name, model in family.items()}  # as shipped
+    family = {
+        name: model.to(torch.bfloat16).float() for name, model in family.items()
+    }  # as shipped
     minutes = (time.perf_counter() - began) / 60
-    report = {"plan": asdict(plan), "minutes": round(minutes, 1), **judge_family(family, processor, plan)}
+    report = {
+        "plan": asdict(plan),
+        "minutes": round(minutes, 1),
+        **judge_family(family, processor, plan),
+    }
     write_family(output, family, processor, report)
     return report
 
 
 def make_base(processor: Phi3VProcessor, plan: Plan, progress: bool) -> Phi3VForCausalLM:
-    """The base: first eyes that have seen everything, then a model told of what is not held back."""
+    """The base: first eyes that have seen all, then a model told of what is not held back."""
     model = Phi3VForCausalLM(tiny_config(processor))
     how = {"batch_size": plan.batch_size, "seed": plan.seed, "progress": progress}
-    shown = [make_samples(d, plan.eyes_samples, "train", plan.seed + 3, "all", progress) for d in DOMAINS]
+    shown = [
+        make_samples(d, plan.eyes_samples, "train", plan.seed + 3, "all", progress) for d in DOMAINS
+    ]
     rows = prepare([sample for samples in shown for sample in samples], processor)
     start_tower(model, rows[:: max(1, len(rows) // 600)], processor)
-    train_eyes(model, rows, processor, plan.eyes_steps, lr=plan.eyes_lr, page_count=plan.eyes_pages, **how)
+    train_eyes(
+        model, rows, processor, plan.eyes_steps, lr=plan.eyes_lr, page_count=plan.eyes_pages, **how
+    )
     told = [
         make_samples(domain, plan.base_samples * share, "train", plan.seed, "base", progress)
         for domain, share in SHARES.items()
     ]
     rows = prepare([sample for samples in told for sample in samples], processor)
     train(model, rows, processor, plan.base_steps, lr=plan.base_lr, description="base", **how)
+    rows = second_part(rows, processor, plan, progress)
+    train(
+        model, rows, processor, plan.words_steps, lr=plan.words_lr, description="base, words", **how
+    )
     return model
+
+
+def second_part(rows: list, processor: Phi3VProcessor, plan: Plan, progress: bool) -> list:
+    """The base's last lessons: fewer formulas, new general pictures, held-back words alone."""
+    kept = [row for row in rows if row.domain != "latex"] + [
+        row for row in rows if row.domain == "latex"
+    ][::3]
+    fresh = make_samples("general", 2 * plan.base_samples, "train", plan.seed + 4, "base", progress)
+    told = [
+        make_samples(d, plan.words_samples, "train", plan.seed + 5, "held_back", progress)
+        for d in DOMAINS
+    ]
+    words = words_to_copy([sample for samples in told for sample in samples], processor)
+    return kept + prepare(fresh, processor) + words
 
 
 def judge_family(family: dict, processor: Phi3VProcessor, plan: Plan) -> dict:
     """Accuracy of every member in every domain, and of old against new knowledge."""
-    samples = [s for d in DOMAINS for s in make_samples(d, plan.judged, "test", plan.seed + 7, "all")]
+    samples = [
+        s for d in DOMAINS for s in make_samples(d, plan.judged, "test", plan.seed + 7, "all")
+    ]
     accuracies = {name: accuracy(model, processor, samples) for name, model in family.items()}
-    knowledge = {name: accuracy(model, processor, samples, by="knowledge") for name, model in family.items()}
-    return {"judged_per_domain": plan.judged, "accuracy": accuracies, "accuracy_by_knowledge": knowledge}
+    knowledge = {
+        name: accuracy(model, processor, samples, by="knowledge") for name, model in family.items()
+    }
+    return {
+        "judged_per_domain": plan.judged,
+        "accuracy": accuracies,
+        "accuracy_by_knowledge": knowledge,
+    }
 
 
 def write_family(output: Path, family: dict, processor: Phi3VProcessor, report: dict) -> None:
@@ -139,8 +193,12 @@ def write_family(output: Path, family: dict, processor: Phi3VProcessor, report: 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m cephalo_lite.tiny.make", description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=WEIGHTS, help="folder of the four checkpoints")
+    parser = argparse.ArgumentParser(
+        prog="python -m cephalo_lite.tiny.make", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--output", type=Path, default=WEIGHTS, help="folder of the four checkpoints"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few steps of everything")
     parser.add_argument("--silent", action="store_true", help="no progress bars")

@@ -15,7 +15,7 @@ from .data import Row, batch, crops
 
 
 def start_tower(model: Phi3VForCausalLM, rows: list[Row], processor: Phi3VProcessor) -> None:
-    """Give an untrained tower a good start: whitened patch filters and a 2-D sine position table."""
+    """Give an untrained tower a good start: whitened patch filters, 2-D sine position table."""
     tower = model.model.vision_embed_tokens.img_processor
     pixels, _ = crops([row.picture for row in rows], processor)
     size = tower.config.patch_size
@@ -46,7 +46,9 @@ class Schedule:
         warm = max(1, steps // 20)
         self.decay = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
-            lambda s: min((s + 1) / warm, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps)))),
+            lambda s: min(
+                (s + 1) / warm, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps)))
+            ),
         )
 
     def step(self, loss: torch.Tensor) -> None:
@@ -71,8 +73,8 @@ def train_eyes(
 ) -> list[float]:
     """Teach the tower to see, before it is asked to speak.
 
-    Two tasks at once: name the symbol that each patch of an alphabet page lies on (local detail), and tell
-    from the mean of all patches which words the answers about a picture use (the whole).
+    Two tasks at once: name the symbol that each patch of an alphabet page lies on (local detail),
+    and tell from the mean of all patches which words the answers about a picture use (the whole).
 
     Returns:
         The loss of the first task, in nats per patch, for each step.
@@ -86,7 +88,10 @@ def train_eyes(
         for _, labels in row.turns:
             words[number, [token for token in labels if token >= 0]] = 1
     seen = words.sum(0) > 0
-    what, which = nn.Linear(tower.hidden_size, CLASSES), nn.Linear(tower.hidden_size, int(seen.sum()))
+    what, which = (
+        nn.Linear(tower.hidden_size, CLASSES),
+        nn.Linear(tower.hidden_size, int(seen.sum())),
+    )
     trained = [*embedding.img_processor.parameters(), *what.parameters(), *which.parameters()]
     schedule = Schedule(trained, steps, lr)
     losses = []
@@ -95,7 +100,9 @@ def train_eyes(
         chosen = generator.integers(len(rows), size=batch_size // 2)
         paper, _ = crops([*drawn[leaves]], processor)
         world, _ = crops([rows[i].picture for i in chosen], processor)
-        features = embedding.patch_features(torch.cat([paper[:, 1], world[:, 1]]))  # (n, patches, C)
+        features = embedding.patch_features(
+            torch.cat([paper[:, 1], world[:, 1]])
+        )  # (n, patches, C)
         here, there = features.split([len(leaves), len(chosen)])
         local = nn.functional.cross_entropy(what(here).flatten(0, 1), symbols[leaves].flatten())
         guess = which(there.mean(1))
@@ -136,12 +143,13 @@ def train(
 
 
 class Neighbourly(nn.Module):
-    """An expert's MLP in training: some tokens take the base's MLP instead, as they will in a mixture.
+    """An expert's MLP in training: some tokens take the base's MLP instead, as in a mixture.
 
     Args:
         mlp: the MLP to train.
         base: the base's MLP, frozen.
-        share: of tokens that take the base's, drawn anew for each sequence between 0 and twice this.
+        share: of tokens that take the base's, drawn anew for each sequence between 0 and twice
+            this.
     """
 
     def __init__(self, mlp: nn.Module, base: nn.Module, share: float):
@@ -160,7 +168,7 @@ class Neighbourly(nn.Module):
 def train_expert(
     base: Phi3VForCausalLM, rows: list[Row], processor: Phi3VProcessor, share: float = 0.15, **how
 ) -> Phi3VForCausalLM:
-    """A copy of the base whose MLPs have learnt a domain; all else stays the base's, bit for bit."""
+    """A copy of the base whose MLPs have learnt a domain; all else is the base's, bit for bit."""
     import copy
 
     expert = copy.deepcopy(base).requires_grad_(False)

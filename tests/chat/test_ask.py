@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 
-from cephalo_lite.chat import Answer, Sampling, ask
+from cephalo_lite.chat import Answer, Sampling, ask, stream
 from cephalo_lite.chat.prompts import make_prompt
 
 ONE = "<|user|>\n<|image_1|>\nWhat is shown?<|end|>\n<|assistant|>\n"
@@ -260,3 +260,14 @@ def test_a_traced_batch_gives_each_row_its_own(mixture, processor, pictures):
         assert answer.routing.ids.tolist() == alone.routing.ids.tolist()
         assert answer.routing.kinds == alone.routing.kinds
         assert torch.allclose(answer.routing.probs, alone.routing.probs, atol=1e-4)
+
+
+def test_an_ordinary_token_may_be_the_end(make_model, processor):
+    model = make_model()
+    ids = by_hand(model, processor, "<|user|>\nHello<|end|>\n<|assistant|>\n", new=6)
+    model.generation_config.eos_token_id = ids[3]
+    answer = ask(model, processor, "Hello", max_new_tokens=6)
+    end = ids.index(ids[3])
+    assert answer.tokens == end + 1
+    assert answer.text == processor.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+    assert "".join(stream(model, processor, "Hello", max_new_tokens=6)) == answer.text

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cephalo_lite.chat import Chat, ask
+from cephalo_lite.phi3v.labels import answer_labels
 
 NEW = 10
 
@@ -141,9 +142,9 @@ def test_a_trace_of_a_turn_is_what_it_read(mixture, processor, pictures, count_r
     routing = answer.routing
     assert len(routing) == sum(read)
     assert len(routing.pictures) == 1 and routing.kinds.count("image") == routing.pictures[0].tokens
-    written = "".join(
-        piece for piece, kind in zip(routing.pieces, routing.kinds, strict=True) if kind == "answer"
-    )
     assert routing.kinds[-1] == "answer" and routing.kinds[-answer.tokens] == "prompt"
-    assert written
+    whole = chat._read.ids.tolist()  # with the end of the answer before, which is read anew
+    labels = answer_labels(whole, processor.tokenizer)[-len(routing) :]
+    assert [kind == "answer" for kind in routing.kinds] == [label >= 0 for label in labels]
+    assert routing.kinds[0] == "answer"
     assert routing.plot_picture()[0].images

@@ -89,7 +89,7 @@ def read_weights():
 
 @pytest.fixture(scope="session")
 def moe_folder(tmp_path_factory):
-    """A function that gives the golden mixture's folder for k = 1 or 2; both have the same weights."""
+    """A function that gives the golden mixture's folder for k = 1 or 2, of equal weights."""
     folders: dict[int, Path] = {}
 
     def folder(k: int) -> Path:

@@ -129,7 +129,9 @@ def test_sharded_round_trip(golden_mixture, golden_moe, read_weights, text_ids, 
         assert again(text_ids).logits.equal(golden_mixture(1)(text_ids).logits)
 
 
-def test_published_weights_may_carry_the_shared_embedding(golden_moe, text_ids, golden_mixture, tmp_path):
+def test_published_weights_may_carry_the_shared_embedding(
+    golden_moe, text_ids, golden_mixture, tmp_path
+):
     """Older files hold `wte`, which is `embed_tokens` once more."""
     golden_mixture(1).save_pretrained(tmp_path)
     prefix = "model.model."

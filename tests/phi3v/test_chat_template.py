@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 
 def message(role: str, *parts) -> dict:
-    """A message in parts: strings are text, all else pictures; a lone None is a picture given elsewhere."""
+    """A message in parts: strings are text, all else pictures; None is one given elsewhere."""
     content = []
     for part in parts:
         if isinstance(part, str):
@@ -38,8 +38,13 @@ def test_plain_style_is_that_of_the_published_template(small_processor, golden):
     ]
     for length in range(1, 6):
         for prompted in (False, True):
-            want = tokenizer.apply_chat_template(turns[:length], tokenize=False, add_generation_prompt=prompted)
-            assert small_processor.apply_chat_template(turns[:length], add_generation_prompt=prompted) == want
+            want = tokenizer.apply_chat_template(
+                turns[:length], tokenize=False, add_generation_prompt=prompted
+            )
+            assert (
+                small_processor.apply_chat_template(turns[:length], add_generation_prompt=prompted)
+                == want
+            )
 
 
 def test_pictures_of_several_turns_are_numbered_on(small_processor):
@@ -94,7 +99,11 @@ def test_batch_of_conversations(synth, small_processor):
     """Conversations with and without pictures, padded."""
     chats = [[message("user", "Hi")], [message("user", synth(60, 40), "What is shown?")]]
     out = small_processor.apply_chat_template(
-        chats, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True}
+        chats,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True},
     )
     assert out["attention_mask"].sum(-1).tolist() == [
         small_processor(text="<|user|>\nHi<|end|>\n")["input_ids"].shape[1],
@@ -106,7 +115,11 @@ def test_batch_of_conversations(synth, small_processor):
 def test_labels_through_the_template(synth, small_processor):
     chat = [message("user", synth(60, 40), "What is shown?"), message("assistant", "A disk.")]
     out = small_processor.apply_chat_template(
-        chat, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"return_labels": True}
+        chat,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"return_labels": True},
     )
     learnt = out["labels"][out["labels"] != -100]
     assert small_processor.tokenizer.decode(learnt).replace(" ", "") == "Adisk.<|end|>"

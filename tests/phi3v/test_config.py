@@ -25,17 +25,29 @@ def released_size(golden) -> Phi3VConfig:
 
 def test_defaults_are_the_released_sizes(released_size):
     config = released_size
-    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (3072, 8192, 32)
-    assert (config.max_position_embeddings, config.original_max_position_embeddings) == (131072, 4096)
+    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (
+        3072,
+        8192,
+        32,
+    )
+    assert (config.max_position_embeddings, config.original_max_position_embeddings) == (
+        131072,
+        4096,
+    )
     assert (config.vocab_size, config.image_token_id) == (32064, 32044)
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 32000)
     tower = config.vision_config
-    assert (tower.hidden_size, tower.image_size, tower.patch_size, tower.num_hidden_layers) == (1024, 336, 14, 24)
+    assert (tower.hidden_size, tower.image_size, tower.patch_size, tower.num_hidden_layers) == (
+        1024,
+        336,
+        14,
+        24,
+    )
     assert config.image_tokens_per_crop == 144
 
 
 def test_published_file_round_trip(golden, tmp_path, tiny_tower):
-    """Every field of a published config.json is written back as it was; a second trip changes nothing."""
+    """Every published field is written back as it was; a second trip changes nothing."""
     published = json.loads((golden / "plain" / "config.json").read_text())
     config = AutoConfig.from_pretrained(golden / "plain", vision_config=tiny_tower)
     assert type(config) is Phi3VConfig
@@ -48,11 +60,13 @@ def test_published_file_round_trip(golden, tmp_path, tiny_tower):
     again = AutoConfig.from_pretrained(tmp_path)
     assert {**again.to_dict(), "_name_or_path": ""} == {**config.to_dict(), "_name_or_path": ""}
     again.save_pretrained(tmp_path / "second")
-    assert (tmp_path / "second" / "config.json").read_text() == (tmp_path / "config.json").read_text()
+    assert (tmp_path / "second" / "config.json").read_text() == (
+        tmp_path / "config.json"
+    ).read_text()
 
 
 def test_fields_after_auto_map(golden, tmp_path):
-    """auto_map entries and a missing vision_config, as released, are no obstacle and need no remote code."""
+    """auto_map entries and a missing vision_config, as released, need no remote code."""
     fields = json.loads((golden / "plain" / "config.json").read_text())
     fields["auto_map"] = {
         "AutoConfig": "configuration_phi3_v.Phi3VConfig",
@@ -99,7 +113,9 @@ def test_without_scaling():
     assert config.to_dict()["rope_theta"] == 5000.0
 
 
-@pytest.mark.parametrize(("published", "counted"), [(131072, None), (64, None), (63, 64), (8, 9), (None, None)])
+@pytest.mark.parametrize(
+    ("published", "counted"), [(131072, None), (64, None), (63, 64), (8, 9), (None, None)]
+)
 def test_sliding_window(published, counted):
     """On disk: earlier tokens seen. In memory: tokens seen, or None where nothing is left out."""
     config = Phi3VConfig(**SMALL, max_position_embeddings=64, sliding_window=published)

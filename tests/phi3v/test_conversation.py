@@ -1,11 +1,14 @@
-"""A second turn on the cache of the first equals reading all anew, pictures in either turn or both."""
+"""A second turn on the cache of the first equals reading all anew, pictures included."""
 
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
 NEW = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
-FIRST = {0: "<|user|>\nHi<|end|>\n<|assistant|>\n", 1: "<|user|>\n<|image_1|>\nHi<|end|>\n<|assistant|>\n"}
+FIRST = {
+    0: "<|user|>\nHi<|end|>\n<|assistant|>\n",
+    1: "<|user|>\n<|image_1|>\nHi<|end|>\n<|assistant|>\n",
+}
 
 
 def second_turn(start: int, images: int) -> str:
@@ -46,7 +49,9 @@ def test_second_turn_with_negative_ids(small_model, small_processor, synth, agai
     tags = "<|image_1|>" if again else "<|image_2|>"
     image_1, image_2 = synth(60, 60), synth(90, 30)
     inputs = small_processor(image_1, "<|user|>\n<|image_1|>\nHi")
-    turn = small_processor([image_1 if again else image_2], "<|image_1|>\nAnd now?", add_special_tokens=False)
+    turn = small_processor(
+        [image_1 if again else image_2], "<|image_1|>\nAnd now?", add_special_tokens=False
+    )
     old = inputs["input_ids"].masked_fill(inputs["input_ids"] == 359, -1)
     cache = DynamicCache(config=small_model.config)
     made = small_model.generate(**{**inputs, "input_ids": old}, past_key_values=cache, **NEW)
@@ -72,11 +77,17 @@ def test_second_turn_of_a_batch(small_model, small_processor, synth):
     full = {
         "input_ids": torch.cat([made, turn["input_ids"]], dim=1),
         "attention_mask": torch.cat(
-            [inputs["attention_mask"], torch.ones(3, NEW["max_new_tokens"], dtype=torch.long), turn["attention_mask"]],
+            [
+                inputs["attention_mask"],
+                torch.ones(3, NEW["max_new_tokens"], dtype=torch.long),
+                turn["attention_mask"],
+            ],
             dim=1,
         ),
     }
-    cut = small_processor.image_processor([image for pair in zip(pictures, added, strict=True) for images in pair for image in images])
+    cut = small_processor.image_processor(
+        [image for pair in zip(pictures, added, strict=True) for images in pair for image in images]
+    )
     full |= {key: cut[key] for key in ("pixel_values", "image_sizes")}
     want = small_model.generate(**full, use_cache=False, **NEW)
     assert small_model.generate(**full, past_key_values=cache, **NEW).equal(want)
@@ -87,7 +98,9 @@ def test_second_turn_without_its_pictures(small_model, small_processor, synth):
     inputs = small_processor(synth(60, 60), "<|image_1|>\nHi")
     cache = DynamicCache(config=small_model.config)
     made = small_model.generate(**inputs, past_key_values=cache, **NEW)
-    turn = small_processor(synth(60, 60), "<|image_1|>\nAnd now?", add_special_tokens=False)["input_ids"]
+    turn = small_processor(synth(60, 60), "<|image_1|>\nAnd now?", add_special_tokens=False)[
+        "input_ids"
+    ]
     old = {key: inputs[key] for key in ("pixel_values", "image_sizes")}
     for pictures in (old, {}):
         full = with_answer({"input_ids": made[:, :0]}, made, turn, pictures)

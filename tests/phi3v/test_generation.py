@@ -44,7 +44,9 @@ def test_the_pictures_matter(small_model, rows, plain):
         assert (logits - others).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"attn_implementation": "eager"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"cache_implementation": "static"}, {"attn_implementation": "eager"}], ids=str
+)
 def test_caches(make_small, rows, plain, options):
     model = make_small()
     model.set_attn_implementation(options.get("attn_implementation", "sdpa"))
@@ -55,7 +57,10 @@ def test_caches(make_small, rows, plain, options):
 def test_caches_of_the_caller(small_model, rows, plain):
     for row, want in zip(rows, plain, strict=True):
         length = row["input_ids"].shape[1] + 12
-        for cache in (DynamicCache(config=small_model.config), StaticCache(small_model.config, max_cache_len=length)):
+        for cache in (
+            DynamicCache(config=small_model.config),
+            StaticCache(small_model.config, max_cache_len=length),
+        ):
             assert generated(small_model, row, past_key_values=cache) == want
 
 
@@ -70,7 +75,9 @@ def test_padded_batch(small_model, small_processor, pictures, plain, side):
 
 @torch.no_grad()
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_padding_leaves_the_logits_alone(make_small, small_processor, pictures, rows, implementation):
+def test_padding_leaves_the_logits_alone(
+    make_small, small_processor, pictures, rows, implementation
+):
     """Right padding needs no positions; left padding needs those that generate passes."""
     model = make_small()
     model.set_attn_implementation(implementation)
@@ -99,7 +106,9 @@ def test_several_answers_to_one_prompt(small_model, small_processor, pictures, p
     batch = small_processor(images=pictures, text=PROMPTS, padding=True)
     options = {"do_sample": True, "top_k": 1, "num_return_sequences": 2}
     made = small_model.generate(**batch, **NEW | options)
-    assert made[:, batch["input_ids"].shape[1] :].tolist() == [ids for ids in plain for _ in range(2)]
+    assert made[:, batch["input_ids"].shape[1] :].tolist() == [
+        ids for ids in plain for _ in range(2)
+    ]
 
 
 def test_sampling_with_a_seed(small_model, rows):
@@ -122,10 +131,15 @@ def test_assisted_by_the_prompt(small_model, small_processor, synth, rows, plain
     prompt = "a<|image_1|>\na"  # the last token stands before the picture as well
     inputs = small_processor(synth(60, 60), prompt)
     want = generated(small_model, inputs, use_cache=False)
-    assert generated(small_model, inputs, prompt_lookup_num_tokens=4, max_matching_ngram_size=1) == want
+    assert (
+        generated(small_model, inputs, prompt_lookup_num_tokens=4, max_matching_ngram_size=1)
+        == want
+    )
 
 
-@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str
+)
 def test_image_tokens_that_the_model_writes_are_text(small_model, rows, options):
     """Whatever the cache: the placeholder in an answer is a token like any other, not a picture."""
     token = small_model.config.image_token_id
@@ -153,10 +167,15 @@ def test_crops_are_computed_once(small_model, rows):
 
 
 def test_stops_of_the_released_vocabulary(make_small):
-    """config says 2; the chat ends with <|end|> 32007 or <|endoftext|> 32000. Who names a stop is obeyed."""
+    """Published files say 2; the chat ends with 32007 or 32000. Who names a stop is obeyed."""
     model = make_small(
-        vocab_size=32064, image_token_id=None, pad_token_id=32000, hidden_size=8, num_hidden_layers=1,
-        num_attention_heads=2, rope_scaling=None,
+        vocab_size=32064,
+        image_token_id=None,
+        pad_token_id=32000,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        rope_scaling=None,
     )
     assert model.config.image_token_id == 32044
     assert model.generation_config.eos_token_id == 2
@@ -168,7 +187,9 @@ def test_stops_of_the_released_vocabulary(make_small):
             scores[:, word if input_ids.shape[1] == 5 else 100] = 1
             return scores
 
-        made = model.generate(prompt, logits_processor=[force], do_sample=False, max_new_tokens=6, **options)
+        made = model.generate(
+            prompt, logits_processor=[force], do_sample=False, max_new_tokens=6, **options
+        )
         return made.shape[1] - 3
 
     assert [answer(word) for word in (2, 32000, 32007, 32001, 99)] == [3, 3, 3, 6, 6]

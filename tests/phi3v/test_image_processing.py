@@ -49,14 +49,18 @@ def test_pixels_of_the_golden_prompts(golden, golden_meta, golden_processor, cas
 
 @pytest.mark.parametrize("name", ["land", "port"])
 def test_hd_transform(golden, name):
-    padded = Phi3VImageProcessor(num_crops=4).hd_transform(Image.open(golden / "images" / f"{name}.png"))
-    assert np.array_equal(np.array(padded), np.array(Image.open(golden / "images" / f"{name}.hd4.png")))
+    padded = Phi3VImageProcessor(num_crops=4).hd_transform(
+        Image.open(golden / "images" / f"{name}.png")
+    )
+    assert np.array_equal(
+        np.array(padded), np.array(Image.open(golden / "images" / f"{name}.hd4.png"))
+    )
 
 
 @pytest.mark.parametrize("row", RECORDS["size_table"], ids=lambda row: f"{row['w']}x{row['h']}")
 @pytest.mark.parametrize("num_crops", [1, 4, 6, 9, 16])
 def test_size_table(row, num_crops):
-    """The original's [width, height, image tokens] for many shapes; where it has a side of 0, we raise."""
+    """The original's [width, height, image tokens]; where it has a side of 0, we raise."""
     width, height, tokens = row[str(num_crops)]
     processor = Phi3VImageProcessor(num_crops=num_crops)
     picture = Image.new("RGB", (row["w"], row["h"]))
@@ -69,7 +73,9 @@ def test_size_table(row, num_crops):
 
 
 def test_several_pictures(synth):
-    shapes, sizes, tokens = (RECORDS["multi_pt"][key] for key in ("pixel_values", "image_sizes", "num_img_tokens"))
+    shapes, sizes, tokens = (
+        RECORDS["multi_pt"][key] for key in ("pixel_values", "image_sizes", "num_img_tokens")
+    )
     out = Phi3VImageProcessor(num_crops=4)([synth(64, 64), synth(300, 90)])
     assert list(out["pixel_values"].shape) == shapes[0]
     assert out["image_sizes"].tolist() == sizes[2]
@@ -127,7 +133,9 @@ def test_grey_and_four_channels(synth):
     colours = synth(40, 30, "RGBA")
     array = np.array(colours)
     for form in (colours, array, array.transpose(2, 0, 1)):
-        assert np.array_equal(np.array(load_picture(form)), array[..., :3])  # alpha is dropped, as published
+        assert np.array_equal(
+            np.array(load_picture(form)), array[..., :3]
+        )  # alpha is dropped, as published
 
 
 def test_white_and_black_floats_and_integers():
@@ -149,7 +157,9 @@ def test_numpy_output(synth):
     processor = Phi3VImageProcessor(num_crops=1)
     want = processor(synth(40, 30))
     got = processor(synth(40, 30), return_tensors="np")
-    assert isinstance(got["pixel_values"], np.ndarray) and isinstance(got["image_sizes"], np.ndarray)
+    assert isinstance(got["pixel_values"], np.ndarray) and isinstance(
+        got["image_sizes"], np.ndarray
+    )
     assert np.array_equal(got["pixel_values"], want["pixel_values"].numpy())
 
 

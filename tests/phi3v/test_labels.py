@@ -8,8 +8,9 @@ from transformers import PreTrainedTokenizerFast
 from cephalo_lite import Phi3VImageProcessor, Phi3VProcessor
 
 CHAT = (
-    "<|system|>\nBe brief.<|end|>\n<|user|>\n<|image_1|>\nWhat is shown?<|end|>\n<|assistant|>\nA disk.<|end|>\n"
-    "<|user|>\nOf what colour?<|end|>\n<|assistant|>\nRed.\n\nA bright red.<|end|>\n"
+    "<|system|>\nBe brief.<|end|>\n<|user|>\n<|image_1|>\nWhat is shown?<|end|>\n"
+    "<|assistant|>\nA disk.<|end|>\n<|user|>\nOf what colour?<|end|>\n"
+    "<|assistant|>\nRed.\n\nA bright red.<|end|>\n"
 )
 ANSWERS = ["A disk.<|end|>", "Red.\n\nA bright red.<|end|>"]
 
@@ -17,7 +18,17 @@ ANSWERS = ["A disk.<|end|>", "Red.\n\nA bright red.<|end|>"]
 @pytest.fixture(scope="module")
 def byte_level() -> PreTrainedTokenizerFast:
     """A byte-level BPE with Phi-3's special tokens, in which a line break is one token."""
-    special = ["<unk>", "<s>", "</s>", "<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>", "<|image|>"]
+    special = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "<|endoftext|>",
+        "<|assistant|>",
+        "<|system|>",
+        "<|end|>",
+        "<|user|>",
+        "<|image|>",
+    ]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -26,14 +37,19 @@ def byte_level() -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator([CHAT] * 3, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="</s>", padding_side="right"
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="</s>",
+        padding_side="right",
     )
 
 
 @pytest.fixture(params=["LLaMA-style", "byte-level"])
 def processor(request, golden_tokenizer, byte_level) -> Phi3VProcessor:
     tokenizer = golden_tokenizer if request.param == "LLaMA-style" else byte_level
-    return Phi3VProcessor(Phi3VImageProcessor(num_crops=4, crop_size=28, num_img_tokens=4), tokenizer)
+    return Phi3VProcessor(
+        Phi3VImageProcessor(num_crops=4, crop_size=28, num_img_tokens=4), tokenizer
+    )
 
 
 def learnt(processor, row: torch.Tensor) -> list[str]:
@@ -92,10 +108,12 @@ def test_padding_is_not_learnt(processor, synth, side):
 
 
 def test_the_loss_is_that_of_the_answers(small_model, small_processor, synth):
-    """The model's loss: mean cross entropy over the labels, each predicted from the token before."""
+    """The model's loss: mean cross entropy of the labels, each from the token before."""
     out = small_processor(synth(60, 40), CHAT, return_labels=True)
     with torch.no_grad():
         result = small_model(**out)
     logits, labels = result.logits[0, :-1], out["labels"][0, 1:]
-    terms = [-row.log_softmax(-1)[label] for row, label in zip(logits, labels, strict=True) if label >= 0]
+    terms = [
+        -row.log_softmax(-1)[label] for row, label in zip(logits, labels, strict=True) if label >= 0
+    ]
     torch.testing.assert_close(result.loss, torch.stack(terms).mean())

@@ -29,16 +29,22 @@ def recomputed(model, inputs) -> list:
     ids, answer = inputs["input_ids"], []
     for _ in range(NEW["max_new_tokens"]):
         with torch.no_grad():
-            step = model(**{**inputs, "input_ids": ids, "attention_mask": None}).logits[:, -1].argmax(-1)
+            step = (
+                model(**{**inputs, "input_ids": ids, "attention_mask": None})
+                .logits[:, -1]
+                .argmax(-1)
+            )
         answer.append(int(step))
         ids = torch.cat([ids, step[None]], dim=1)
     return answer
 
 
 def test_the_factors_matter(model, make_small):
-    """Without a change of factors at the limit the answer is another one: else nothing is tested here."""
+    """Without the change of factors the answer is another one: else nothing is tested."""
     inputs = {"input_ids": text_of(LIMIT - 5)}
-    assert recomputed(model, inputs) != recomputed(make_small(original_max_position_embeddings=256), inputs)
+    assert recomputed(model, inputs) != recomputed(
+        make_small(original_max_position_embeddings=256), inputs
+    )
 
 
 @pytest.mark.parametrize("length", [LIMIT - 15, LIMIT - 1, LIMIT, LIMIT + 1])
@@ -70,7 +76,11 @@ def test_with_pictures(make_small, small_processor, synth, images):
 def test_with_negative_ids(make_small, small_processor, synth):
     """The same with the ids of 2024, of which each picture needs but one copy."""
     inputs = small_processor(synth(60, 60), "<|image_1|>a<|image_1|>")
-    old = {**inputs, "pixel_values": inputs["pixel_values"][:1], "image_sizes": inputs["image_sizes"][:1]}
+    old = {
+        **inputs,
+        "pixel_values": inputs["pixel_values"][:1],
+        "image_sizes": inputs["image_sizes"][:1],
+    }
     old["input_ids"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == 359, -1)
     model = make_small(original_max_position_embeddings=inputs["input_ids"].shape[1] + 6)
     want = new_ids(model, inputs)
@@ -79,7 +89,7 @@ def test_with_negative_ids(make_small, small_processor, synth):
 
 
 def test_left_padded_batch(model, small_processor, synth):
-    """The longest row decides for all, cached or not; rows that pad cross the limit later than it seems."""
+    """The longest row decides for all, cached or not; padding does not count."""
     texts = ["<|image_1|>\nHi there, ", "Hello", "<|image_1|>"]
     batch = small_processor([synth(60, 60), synth(90, 90)], texts, padding=True)
     lengths = batch["attention_mask"].sum(-1).tolist()

@@ -24,7 +24,7 @@ def pictures(golden, meta, case):
 
 @pytest.fixture
 def case(request, golden, golden_meta, golden_case, golden_processor):
-    """Golden tensors and, made from the golden ids (2024 style: negative) and pictures, model inputs."""
+    """Golden tensors, and inputs made from the golden ids (2024: negative) and pictures."""
     want = golden_case(request.param)
     inputs = {key: want[key] for key in ("input_ids", "attention_mask")}
     images = pictures(golden, golden_meta, request.param)
@@ -39,11 +39,17 @@ def case(request, golden, golden_meta, golden_case, golden_processor):
 def test_logits_and_hidden_states(model, case):
     want, inputs = case
     out = model(**inputs, output_hidden_states=True)
-    real = want["attention_mask"][:, want["positions"]].bool()  # rows of pad tokens carry no meaning
-    torch.testing.assert_close(out.logits[:, want["positions"]][real], want["logits"][real], **LOGITS)
+    real = want["attention_mask"][
+        :, want["positions"]
+    ].bool()  # rows of pad tokens carry no meaning
+    torch.testing.assert_close(
+        out.logits[:, want["positions"]][real], want["logits"][real], **LOGITS
+    )
     states = torch.stack([state[:, -1] for state in out.hidden_states])
     torch.testing.assert_close(states, want["hidden_last_token"], atol=1e-5, rtol=1e-5)
-    embeds = model.model.embed(inputs["input_ids"], inputs.get("pixel_values"), inputs.get("image_sizes"))
+    embeds = model.model.embed(
+        inputs["input_ids"], inputs.get("pixel_values"), inputs.get("image_sizes")
+    )
     torch.testing.assert_close(
         embeds[:, want["positions"]][real], want["inputs_embeds"][real], atol=1e-5, rtol=1e-5
     )
@@ -54,12 +60,16 @@ def test_greedy_answers(model, case):
     want, inputs = case
     made = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     assert made[:, inputs["input_ids"].shape[1] :].tolist() == want["generated"].tolist()
-    assert made[:, : inputs["input_ids"].shape[1]].equal(inputs["input_ids"])  # the prompt comes back whole
+    assert made[:, : inputs["input_ids"].shape[1]].equal(
+        inputs["input_ids"]
+    )  # the prompt comes back whole
 
 
 @pytest.mark.parametrize("name", [TEXT, IMAGE])
 @torch.no_grad()
-def test_from_prompt_to_logits(golden_model, golden_processor, golden, golden_meta, golden_case, name):
+def test_from_prompt_to_logits(
+    golden_model, golden_processor, golden, golden_meta, golden_case, name
+):
     """The same through our processor: placeholder ids in the place of negative ones."""
     want = golden_case(name)
     images = pictures(golden, golden_meta, name) or None
@@ -77,7 +87,7 @@ def test_from_prompt_to_logits(golden_model, golden_processor, golden, golden_me
 @pytest.mark.parametrize("variant", ["su_short", "su_long", "gqa_norope"])
 @torch.no_grad()
 def test_variants(golden, tiny_tower, variant, implementation):
-    """Short factors, long factors (a text longer than original_max_position_embeddings), no factors."""
+    """Short factors, long factors (a text beyond original_max_position_embeddings), none."""
     fields = json.loads((golden / "variants" / f"{variant}.config.json").read_text())
     config = Phi3VConfig(**fields, vision_config=tiny_tower)
     config._attn_implementation = implementation

@@ -19,7 +19,9 @@ def rotation(config: Phi3VConfig, length: int, longest: int) -> tuple[torch.Tens
     """cos and sin (T, d/2) as the specification has them."""
     half = config.hidden_size // config.num_attention_heads // 2
     scaling = config.to_dict()["rope_scaling"]
-    factors = scaling["long_factor" if longest > config.original_max_position_embeddings else "short_factor"]
+    factors = scaling[
+        "long_factor" if longest > config.original_max_position_embeddings else "short_factor"
+    ]
     ratio = config.max_position_embeddings / config.original_max_position_embeddings
     if ratio <= 1:
         scale = 1.0
@@ -50,22 +52,31 @@ def test_rotation(make_small, kind, maximum, length):
 
 
 def test_the_released_scale():
-    config = Phi3VConfig(rope_scaling={"type": "su", "short_factor": [1.0] * 48, "long_factor": [1.0] * 48})
+    config = Phi3VConfig(
+        rope_scaling={"type": "su", "short_factor": [1.0] * 48, "long_factor": [1.0] * 48}
+    )
     ratio = config.rope_parameters["factor"]
     assert math.sqrt(1 + math.log(ratio) / math.log(4096)) == pytest.approx(1.19024, abs=1e-5)
     small = {"hidden_size": 3072, "num_hidden_layers": 0, "vocab_size": 8, "pad_token_id": 0}
     with torch.device("meta"):
-        model = Phi3VForCausalLM(Phi3VConfig(**small, rope_scaling=config.to_dict()["rope_scaling"]))
+        model = Phi3VForCausalLM(
+            Phi3VConfig(**small, rope_scaling=config.to_dict()["rope_scaling"])
+        )
     assert model.model.rotary_emb.attention_scaling == pytest.approx(1.19024, abs=1e-5)
 
 
 def window_mask(length: int, window: int | None) -> torch.Tensor:
     """(T, T), true where query i sees key j: not later, and at most `window` tokens earlier."""
-    rows = [[j <= i and (window is None or j >= i - window) for j in range(length)] for i in range(length)]
+    rows = [
+        [j <= i and (window is None or j >= i - window) for j in range(length)]
+        for i in range(length)
+    ]
     return torch.tensor(rows)
 
 
-def reference_logits(model: Phi3VForCausalLM, tokens: torch.Tensor, window: int | None) -> torch.Tensor:
+def reference_logits(
+    model: Phi3VForCausalLM, tokens: torch.Tensor, window: int | None
+) -> torch.Tensor:
     """Logits (T, V) of one row, head by head and without any mask function of transformers."""
     config, decoder = model.config, model.model
     heads, groups = config.num_attention_heads, config.num_key_value_heads
@@ -97,7 +108,9 @@ def reference_logits(model: Phi3VForCausalLM, tokens: torch.Tensor, window: int 
 def decode(model, tokens: torch.Tensor, cache) -> torch.Tensor:
     """Logits of a row read in pieces of 5, 1, 1, ... tokens into a cache."""
     pieces = [model(tokens[None, :5], past_key_values=cache).logits]
-    pieces += [model(tokens[None, t : t + 1], past_key_values=cache).logits for t in range(5, len(tokens))]
+    pieces += [
+        model(tokens[None, t : t + 1], past_key_values=cache).logits for t in range(5, len(tokens))
+    ]
     return torch.cat(pieces, dim=1)[0]
 
 
@@ -105,12 +118,18 @@ def decode(model, tokens: torch.Tensor, cache) -> torch.Tensor:
 @pytest.mark.parametrize("window", [None, 1, 4, 23, 200])
 @torch.no_grad()
 def test_window(make_small, implementation, window):
-    """W earlier tokens and the token itself are seen, by every attention and through every cache."""
-    model = make_small(sliding_window=window, max_position_embeddings=200, original_max_position_embeddings=64)
+    """W earlier tokens and the token itself are seen, through every attention and cache."""
+    model = make_small(
+        sliding_window=window, max_position_embeddings=200, original_max_position_embeddings=64
+    )
     model.set_attn_implementation(implementation)
     tokens = ids(24)[0]
     want = reference_logits(model, tokens, window)
-    assert window is None or window >= 23 or not want.allclose(reference_logits(model, tokens, None), atol=1e-2)
+    assert (
+        window is None
+        or window >= 23
+        or not want.allclose(reference_logits(model, tokens, None), atol=1e-2)
+    )
     got = [
         model(tokens[None]).logits[0],
         decode(model, tokens, DynamicCache(config=model.config)),

@@ -12,13 +12,19 @@ from PIL import Image
 from cephalo_lite import Phi3VImageProcessor, Phi3VProcessor
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
-CASES = [c for c in json.loads((GOLDEN / "processor/processor.json").read_text())["cases"] if "error" not in c]
+CASES = [
+    c
+    for c in json.loads((GOLDEN / "processor/processor.json").read_text())["cases"]
+    if "error" not in c
+]
 PROMPT = "<|user|>\n<|image_1|>\nHi<|end|>\n<|assistant|>\n"
 
 
 def expand(run_lengths: list[list[int]], image_token: int) -> list[int]:
     """Run-length encoded golden ids, with our placeholder in the place of negative ids."""
-    return [image_token if value < 0 else value for value, count in run_lengths for _ in range(count)]
+    return [
+        image_token if value < 0 else value for value, count in run_lengths for _ in range(count)
+    ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
@@ -26,7 +32,9 @@ def expand(run_lengths: list[list[int]], image_token: int) -> list[int]:
 def test_ids_are_those_of_the_original(case, synth, golden_processor):
     images = [synth(*size) for size in case["images"]] or None
     out = golden_processor(images=images, text=case["text"])
-    assert out["input_ids"].tolist() == [expand(case["input_ids_rle"], golden_processor.image_token_id)]
+    assert out["input_ids"].tolist() == [
+        expand(case["input_ids_rle"], golden_processor.image_token_id)
+    ]
     assert out["attention_mask"].tolist() == [[1] * case["length"]]
     assert ("pixel_values" in out) == bool(images) == ("image_sizes" in out)
 
@@ -117,7 +125,9 @@ def test_truncation(synth, small_processor):
     whole = small_processor(synth(60, 60), "<|image_1|> some text")["input_ids"]
     end = int((whole[0] == small_processor.image_token_id).nonzero().max()) + 1
     for length in (end, end + 1, whole.shape[1], 1000):
-        cut = small_processor(synth(60, 60), "<|image_1|> some text", truncation=True, max_length=length)
+        cut = small_processor(
+            synth(60, 60), "<|image_1|> some text", truncation=True, max_length=length
+        )
         assert cut["input_ids"].equal(whole[:, :length])
     with pytest.raises(ValueError, match="would cut a picture"):
         small_processor(synth(60, 60), "<|image_1|> some text", truncation=True, max_length=end - 1)

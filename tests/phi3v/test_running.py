@@ -17,7 +17,7 @@ def inputs(small_processor, synth) -> dict:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_half_precision(make_small, inputs, dtype):
-    """All that is computed is in the dtype of the weights, pictures given in float32 or not; nothing autocasts."""
+    """All is computed in the dtype of the weights, whatever that of the pictures."""
     want = make_small()(**inputs).logits
     model = make_small().to(dtype)
     seen = set()
@@ -50,7 +50,9 @@ def test_attention_back_ends_agree(make_small, inputs):
     torch.testing.assert_close(results["eager"], results["sdpa"], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is CUDA, flash attention may be installed")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="where there is CUDA, flash attention may be installed"
+)
 def test_flash_attention_that_is_not_there(load_golden):
     with pytest.raises(ImportError, match="FlashAttention2"):
         load_golden(attn_implementation="flash_attention_2")
@@ -62,7 +64,9 @@ def test_flash_attention_that_is_not_there(load_golden):
 def test_flash_attention(make_small, small_processor, synth):
     pytest.importorskip("flash_attn")
     texts = [PROMPT, "<|user|>\nHi<|end|>\n<|assistant|>\n"]
-    batch = small_processor([[synth(60, 60)], []], texts, padding=True, padding_side="right").to("cuda")
+    batch = small_processor([[synth(60, 60)], []], texts, padding=True, padding_side="right").to(
+        "cuda"
+    )
     real = batch["attention_mask"].bool()
     for window in (None, 7):
         model = make_small(sliding_window=window).to("cuda", torch.bfloat16)
@@ -72,6 +76,7 @@ def test_flash_attention(make_small, small_processor, synth):
         assert (got - want).abs().mean() < 0.05 * want.abs().mean()
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(make_small, inputs, reentrant):
     """Gradients are those without it, in the tower as well."""
@@ -81,18 +86,24 @@ def test_gradient_checkpointing(make_small, inputs, reentrant):
         model = make_small().train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            assert model.model.vision_embed_tokens.img_processor.encoder.layers[0].gradient_checkpointing
+            assert model.model.vision_embed_tokens.img_processor.encoder.layers[
+                0
+            ].gradient_checkpointing
             if reentrant:
                 model.enable_input_require_grads()
         model(**inputs, labels=labels, use_cache=False).loss.backward()
         gradients.append({name: weight.grad for name, weight in model.named_parameters()})
     plain, checkpointed = gradients
     unused = {name for name, gradient in plain.items() if gradient is None}
-    assert all("layers.2." in name or "post_layernorm" in name for name in unused)  # the tower's unused end
+    assert all(
+        "layers.2." in name or "post_layernorm" in name for name in unused
+    )  # the tower's unused end
     tower = [name for name in plain if "img_processor.encoder.layers.0" in name]
     assert all(plain[name].abs().sum() > 0 for name in tower if "k_proj.bias" not in name)
     for name, gradient in plain.items():
-        if gradient is None or (reentrant and "img_processor" in name and checkpointed[name] is None):
+        if gradient is None or (
+            reentrant and "img_processor" in name and checkpointed[name] is None
+        ):
             continue
         torch.testing.assert_close(checkpointed[name], gradient, atol=1e-6, rtol=1e-5)
     if not reentrant:
@@ -100,7 +111,7 @@ def test_gradient_checkpointing(make_small, inputs, reentrant):
 
 
 def test_dropout_on_pictures_only(make_small, inputs):
-    """embd_pdrop acts where the published code applies it: on prompts with pictures, in training."""
+    """embd_pdrop acts where the published code applies it: on prompts with pictures."""
     model = make_small(embd_pdrop=0.5).train()
     text = torch.tensor([[1, 5, 6, 7]])
     assert model(text).logits.equal(model(text).logits)
@@ -109,14 +120,12 @@ def test_dropout_on_pictures_only(make_small, inputs):
     assert model.eval()(**inputs).logits.equal(make_small()(**inputs).logits)
 
 
-@pytest.mark.parametrize("scaling", ["su", None])
 @torch.no_grad()
-def test_compile_of_the_text_path(make_small, scaling):
-    """One graph, no breaks; long and short texts alike."""
-    options = {} if scaling else {"rope_scaling": None}
-    model = make_small(original_max_position_embeddings=16, **options)
+def test_compile_of_the_text_path(make_small):
+    """One graph without breaks, for texts on either side of the change of position factors."""
+    model = make_small(original_max_position_embeddings=16, num_hidden_layers=1)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
-    for length in (8, 12, 20):
+    for length in (12, 20):
         ids = torch.randint(3, 350, (2, length), generator=torch.Generator().manual_seed(length))
         mask = torch.ones_like(ids)
         want = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -130,7 +139,7 @@ def test_device_map(load_golden, golden_case):
     case = golden_case("plain_text_only")
     model = load_golden(device_map="cpu")
     torch.testing.assert_close(model(case["input_ids"]).logits, case["logits"], atol=1e-4, rtol=0)
-    assert model.hf_device_map == {"": "cpu"} or model.device.type == "cpu"
+    assert model.device.type == "cpu"
 
 
 @torch.no_grad()
@@ -138,8 +147,14 @@ def test_parts_on_different_places(make_small, inputs, tmp_path):
     """Dispatched by accelerate, with layers and the picture embedding waiting on the disk."""
     want = make_small()(**inputs).logits
     model = make_small()
-    places = dict.fromkeys(["model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
-    places |= {"model.layers.0": "disk", "model.vision_embed_tokens": "disk", "model.embed_dropout": "cpu"}
+    places = dict.fromkeys(
+        ["model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"], "cpu"
+    )
+    places |= {
+        "model.layers.0": "disk",
+        "model.vision_embed_tokens": "disk",
+        "model.embed_dropout": "cpu",
+    }
     model = dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
     assert {weight.device.type for weight in model.model.layers[0].parameters()} == {"meta"}
     torch.testing.assert_close(model(**inputs).logits, want)
@@ -152,6 +167,12 @@ def test_what_may_not_be_split():
         from cephalo_lite import Phi3VConfig
 
         model = Phi3VForCausalLM(Phi3VConfig(num_hidden_layers=4)).to(torch.bfloat16)
-    places = infer_auto_device_map(model, {0: "1GiB", 1: "1GiB", "cpu": "8GiB"}, model._no_split_modules)
-    split = [name for name in places if name.count(".") > 2 or name.startswith("model.vision_embed_tokens.")]
+    places = infer_auto_device_map(
+        model, {0: "1GiB", 1: "1GiB", "cpu": "8GiB"}, model._no_split_modules
+    )
+    split = [
+        name
+        for name in places
+        if name.count(".") > 2 or name.startswith("model.vision_embed_tokens.")
+    ]
     assert not split and {0, 1} <= set(places.values())
