@@ -58,20 +58,25 @@ def side_by_side(
     least_seconds: float = 0.02,
     title: str = "",
     silent: bool = False,
+    warm_up: bool = True,
 ) -> dict[str, list[float]]:
     """Time functions in turns.
 
     Args:
-        contestants: name → what to time; each is called before the first round, to warm up.
+        contestants: name → what to time.
         repetitions: rounds.
         least_seconds: a run repeats a short function until it should take this long, and its time
             is divided; 0 for functions that are long enough.
         title: of the progress bar.
         silent: no progress bar.
+        warm_up: call each once before the first round.
 
     Returns:
         Name → seconds per call, one per round.
     """
+    if warm_up:
+        for run in contestants.values():
+            run()
     calls = {name: _calls(run, least_seconds) for name, run in contestants.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     order = list(contestants)
@@ -139,8 +144,7 @@ def report(
 
 
 def _calls(run: Callable[[], Any], least_seconds: float) -> int:
-    """How many calls take about `least_seconds`; warms up as well."""
-    run()
+    """How many calls take about `least_seconds`."""
     if not least_seconds:
         return 1
     return max(1, math.ceil(least_seconds / max(_time(run, 1), 1e-7)))

@@ -41,7 +41,12 @@ def main(arguments: list[str] | None = None) -> None:
         wanted.pop("import torch")
     functions = {name: (lambda code=code: start(code)) for name, code in wanted.items()}
     seconds = side_by_side(
-        functions, options.repetitions, least_seconds=0.0, title="imports", silent=options.silent
+        functions,
+        options.repetitions,
+        least_seconds=0,
+        title="imports",
+        silent=options.silent,
+        warm_up=not options.quick,
     )
     middle = medians(seconds)
     shell, model = middle["import transformers"], middle["a model class of transformers"]

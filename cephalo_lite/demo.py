@@ -62,8 +62,6 @@ def run(chosen: Preset, judged: int, seed: int = 0, progress: bool = True) -> di
         samples,
         steps=chosen.gate_steps,
         tokens_per_sample=chosen.tokens_per_sample,
-        language_steps=chosen.language_steps,
-        language_batch=chosen.language_batch,
         seed=seed,
         progress=False,
     )

@@ -1,5 +1,6 @@
 """Each benchmark runs small, and writes what the README's tables are made of."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -25,6 +26,7 @@ def run(tmp_path_factory):
     """A function that runs a benchmark's --quick in its own process and gives what it wrote."""
     folder = tmp_path_factory.mktemp("results")
 
+    @functools.cache
     def quick(name: str) -> tuple[dict, Path]:
         command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--silent"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
