@@ -2,6 +2,7 @@
 
 from . import moe, phi3v
 from .chat import Answer, Chat, Sampling, ask, stream
+from .finetune import freeze, parameter_groups, unfreeze
 from .loading import load
 from .moe import Phi3VMoeConfig, Phi3VMoeForCausalLM, select_expert
 from .moe.build import BuildReport, build_moe
@@ -36,9 +37,11 @@ __all__ = [
     "Sampling",
     "ask",
     "build_moe",
+    "freeze",
     "get_gates",
     "load",
     "load_gates",
+    "parameter_groups",
     "preset",
     "save_gates",
     "select_expert",
@@ -47,4 +50,5 @@ __all__ = [
     "trace_routing",
     "tracing",
     "train_gates",
+    "unfreeze",
 ]

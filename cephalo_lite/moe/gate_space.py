@@ -1,9 +1,9 @@
 """Two ways to write the same linear gates while they are fitted: by features, or by tokens.
 
-Both speak of standardised inputs Z (L, N, D): mean 0 and spread 1 per layer and feature. A gate's logits
-are Z Wᵀ + b. Gradient steps from zero never leave the span of the tokens, so W = A Z with A (E, N),
-and the logits are A's product with the tokens' inner products Z Zᵀ. With fewer tokens than features
-that table is the smaller one, and it is read once a step instead of twice.
+Both speak of standardised inputs Z (N, D): mean 0 and spread 1 per layer and feature. A gate's
+logits are Z Wᵀ + b. Steps along the gradient, from zero, never leave the span of the tokens: W = A Z
+with A (E, N), and the logits are Z Zᵀ Aᵀ + b. With fewer tokens than features the table Z Zᵀ of inner
+products is smaller than Z, and it is read once a step instead of twice.
 """
 
 from __future__ import annotations
@@ -117,10 +117,9 @@ def curvature(
     vector = torch.randn(layers, 1, space.size, generator=generator).to(device)
     none, value = torch.zeros(layers, 1, 1, device=device), None
     for _ in range(iterations):
-        along = space.logits(vector, none) * space.train.weight  # (L, N, 1)
-        norm = along.square().sum(dim=(1, 2), keepdim=True).sqrt().clamp(min=1e-12)
-        vector = space.gradient(along / norm, along.sum(dim=1, keepdim=True) / norm)
-        again = space.logits(vector, none) if value is None else None
-        del again
-        value = norm
+        along = space.logits(vector, none)  # (L, N, 1)
+        weighed = along * space.train.weight
+        value = (along * weighed).sum(dim=(1, 2), keepdim=True).sqrt().clamp(min=1e-12)
+        weighed = weighed / value
+        vector = space.gradient(weighed, weighed.sum(dim=1, keepdim=True))
     return value
