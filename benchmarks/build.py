@@ -76,7 +76,7 @@ def write_expert(folder: Path, config, seed: int, silent: bool) -> None:
     from transformers.core_model_loading import revert_weight_conversion
 
     from cephalo_lite import Phi3VForCausalLM
-    from cephalo_lite.moe.shards import INDEX_FILE, pack_header
+    from cephalo_lite.shards import INDEX_FILE, pack_header
 
     with torch.device("meta"):
         model = Phi3VForCausalLM(config)

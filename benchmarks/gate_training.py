@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from benchmarks.common import medians, parser, prepare, report, side_by_side, spread
-from cephalo_lite.moe.gate_fit import fit_gates
-from cephalo_lite.moe.gate_inputs import GateInputs
+from cephalo_lite.moe.gates.fit import fit_gates
+from cephalo_lite.moe.gates.inputs import GateInputs
 
 EXPERTS = 3
 LAYERS = 32

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .build_gates import random_gates
+from .build.gates import random_gates
 
 MLP_WEIGHTS = ("gate_up_proj", "down_proj")
 

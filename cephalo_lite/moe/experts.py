@@ -100,9 +100,9 @@ def experts_by_shape(
     """Compute experts in the way that is fastest for device and number of tokens.
 
     On a CPU the loop wins for single tokens and ties with grouped products for many; with
-    gradients grouped products win (`benchmarks/moe_block.py`). Elsewhere transformers' own rule
-    holds: grouped products, and for the few tokens of a generation step batched ones, which copy
-    the weights of each chosen expert.
+    gradients grouped products win where they can be used (`benchmarks/moe_block.py`). Elsewhere
+    transformers' own rule holds: grouped products, and for the few tokens of a generation step
+    batched ones, which copy the weights of each chosen expert.
 
     Args:
         experts: a module with `gate_up_proj` (E, 2F, D) and `down_proj` (E, D, F).

@@ -35,7 +35,7 @@ def page(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         Pixels (112, 112, 3) uint8, and for each pixel the number of its symbol (112, 112), 0 on
         bare ground.
     """
-    by_hand = rng.random() < 0.3
+    by_hand = rng.random() < 0.4
     ground = rng.uniform(10, 75, 3) if by_hand else np.full(3, 255.0)
     canvas = np.broadcast_to(ground, (SIZE, SIZE, 3)).astype(np.float32)
     where = np.zeros((SIZE, SIZE), dtype=np.int64)
@@ -46,6 +46,7 @@ def page(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
             stroke = _strokes()[0][rng.choice(digit_indices("train", digit))]
             number, side = 1 + len(TYPED) + digit, int(rng.integers(36, 48))
             ink = Image.fromarray(stroke).resize((side, side), Image.Resampling.BICUBIC)
+            ink = ink.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR)
             alpha = np.clip(np.asarray(ink) * 1.35 - 0.12, 0, 1)
             colour = np.asarray(list(COLOURS.values())[rng.integers(len(COLOURS))]) * rng.uniform(
                 0.86, 1

@@ -36,7 +36,7 @@ class Plan:
     seed: int = 0
     corpus: int = 3000  # samples whose words the tokenizer is trained on
     eyes_samples: int = 1000  # per domain
-    eyes_pages: int = 6000  # alphabet pages
+    eyes_pages: int = 12_000  # alphabet pages
     eyes_steps: int = 3000
     base_samples: int = 2000  # times the domain's share: reading needs more practice than looking
     base_steps: int = 1500

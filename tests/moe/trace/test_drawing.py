@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from cephalo_lite.moe.trace import trace_routing
-from cephalo_lite.moe.trace_colours import ink_on, looks, tint
-from cephalo_lite.moe.trace_picture import TracedPicture
-from cephalo_lite.moe.trace_text import chips, pieces
+from cephalo_lite.moe.trace.colours import ink_on, looks, tint
+from cephalo_lite.moe.trace.picture import TracedPicture
+from cephalo_lite.moe.trace.text import chips, pieces
 
 NAMES = ["materials", "general", "latex"]
 LONG = "<|user|>\n<|image_1|>\nWhat is shown?<|end|>\n<|assistant|>\nA honeycomb.<|end|>\n"

@@ -242,7 +242,7 @@ def test_interrupted_build(sources, tmp_path, read_weights, how, existing, code,
         target.parent.mkdir()
         script = INTERRUPTED
     command = [sys.executable, "-c", script, how, base, *experts, target]
-    root = str(Path(__file__).parents[2])
+    root = str(Path(__file__).parents[3])
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode != 0 and (code is None or done.returncode == code), done.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .routing import routers
+from ..routing import routers
 
 NAMES = ("gate.weight", "gate.bias")
 

@@ -5,10 +5,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from .build_report import BuildReport
-from .build_sources import DenseCheckpoint
-from .build_stream import Piece
-from .shards import INDEX_FILE, read_header
+from ...shards import INDEX_FILE, read_header
+from .report import BuildReport
+from .sources import DenseCheckpoint
+from .stream import Piece
 
 COPIED_FILES = (
     "generation_config.json",

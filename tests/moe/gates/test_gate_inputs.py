@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cephalo_lite.moe import Phi3VMoeForCausalLM, routers, select_expert
-from cephalo_lite.moe.gate_inputs import KINDS, collect_gate_inputs, encode, in_mode, token_kinds
+from cephalo_lite.moe.gates.inputs import KINDS, collect_gate_inputs, encode, in_mode, token_kinds
 
 ASK = "<|user|>\n{}Say {}<|end|>\n<|assistant|>\n"
 EVERYTHING = {"tokens_per_sample": None, "progress": False}

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .shards import INDEX_FILE, TORCH_DTYPES, TensorInfo, read_checkpoint
+from ...shards import INDEX_FILE, TORCH_DTYPES, TensorInfo, read_checkpoint
 
 MATRICES = ("gate_up_proj", "down_proj")  # of one MLP
 # No code and no pickles are fetched.

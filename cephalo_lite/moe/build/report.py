@@ -5,7 +5,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .trace_colours import looks
+from ..trace.colours import looks
 
 REPORT_FILE = "build_report.json"
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm, trange
 
-from .gate_inputs import Sample, encode, in_mode
+from .inputs import Sample, encode, in_mode
 
 
 @torch.no_grad()

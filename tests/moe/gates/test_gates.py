@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cephalo_lite.moe import routers
-from cephalo_lite.moe.gate_language import train_on_answers
 from cephalo_lite.moe.gates import get_gates, load_gates, save_gates, set_gates, train_gates
+from cephalo_lite.moe.gates.language import train_on_answers
 
 QUIET = {"progress": False}
 UNTOLD = "ignore:The gates cannot tell:UserWarning"

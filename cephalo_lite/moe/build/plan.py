@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import torch
 
-from .build_gates import GateList, gate_bytes
-from .build_report import BuildReport
-from .build_sources import MATRICES, DenseCheckpoint, mlp_key
-from .build_stream import Change, Piece, Written, sample_change
-from .shards import DTYPE_NAMES, TORCH_DTYPES, TensorReader
+from ...shards import DTYPE_NAMES, TORCH_DTYPES, TensorReader
+from .gates import GateList, gate_bytes
+from .report import BuildReport
+from .sources import MATRICES, DenseCheckpoint, mlp_key
+from .stream import Change, Piece, Written, sample_change
 
 LEFT_BEHIND_LIMIT = 0.05  # relative change outside the MLPs above which an expert may not be itself
 GROUPS = {  # part of a published name: group, first match counts

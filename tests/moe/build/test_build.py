@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cephalo_lite.moe.build import build_moe
-from cephalo_lite.moe.build_report import BuildReport
-from cephalo_lite.moe.shards import read_header, verify_shard
+from cephalo_lite.moe.build.report import BuildReport
+from cephalo_lite.shards import read_header, verify_shard
 
 MATRICES = ("gate_up_proj", "down_proj")
 INDEX = "model.safetensors.index.json"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from tqdm.auto import trange
 
-from .gate_inputs import GateInputs
+from .inputs import GateInputs
 
 HELD_OUT_EVERY = 5  # steps between two looks at the held-out tokens
 IMPROVED = 1e-5  # nats by which a layer's held-out loss must fall to count

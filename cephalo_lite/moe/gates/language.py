@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from tqdm.auto import trange
 
-from .gate_inputs import Sample, encode, in_mode
-from .routing import routers
+from ..routing import routers
+from .inputs import Sample, encode, in_mode
 
 
 @contextmanager

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cephalo_lite.moe.gate_recipe_2024 import fit_means, gates_as_in_2024, prompt_means
 from cephalo_lite.moe.gates import set_gates, train_gates
+from cephalo_lite.moe.gates.recipe_2024 import fit_means, gates_as_in_2024, prompt_means
 from cephalo_lite.phi3v import Phi3VImageProcessor, Phi3VProcessor
 
 STEPS = [1, 2, 5, 10, 50, 100, 200]

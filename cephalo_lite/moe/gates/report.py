@@ -8,8 +8,8 @@ from itertools import combinations
 
 import torch
 
-from .gate_fit import HELD_OUT_EVERY
-from .gate_inputs import KINDS, GateInputs
+from .fit import HELD_OUT_EVERY
+from .inputs import KINDS, GateInputs
 
 APART = 0.55  # of two experts' tokens so many must be on the right side; by guessing it is 0.5
 MAX_CONDITION = 1e4

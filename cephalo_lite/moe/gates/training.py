@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from .gate_files import get_gates, load_gates, save_gates, set_gates
-from .gate_fit import fit_gates
-from .gate_inputs import KINDS, Sample, check_samples, check_source, collect_gate_inputs
-from .gate_language import train_on_answers
-from .gate_recipe_2024 import gates_as_in_2024
-from .gate_report import GateReport
+from .files import get_gates, load_gates, save_gates, set_gates
+from .fit import fit_gates
+from .inputs import KINDS, Sample, check_samples, check_source, collect_gate_inputs
+from .language import train_on_answers
+from .recipe_2024 import gates_as_in_2024
+from .report import GateReport
 
 RECIPES = ("tokens", "cephalo-2024")
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .routing import routers, select_expert
+from ..routing import routers, select_expert
 
 KINDS = ("image", "prompt", "answer")
 SOURCES = ("own", "mixture")  # or the name of an expert

@@ -5,14 +5,14 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from cephalo_lite.moe.gate_fit import (
+from cephalo_lite.moe.gates.fit import (
     HELD_OUT_EVERY,
     _curvature,
     _standard,
     _Tokens,
     fit_gates,
 )
-from cephalo_lite.moe.gate_inputs import GateInputs
+from cephalo_lite.moe.gates.inputs import GateInputs
 
 QUIET = {"progress": False}
 

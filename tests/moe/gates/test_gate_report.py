@@ -6,9 +6,9 @@ import matplotlib
 import pytest
 import torch
 
-from cephalo_lite.moe.gate_inputs import GateInputs
-from cephalo_lite.moe.gate_report import GateReport
 from cephalo_lite.moe.gates import train_gates
+from cephalo_lite.moe.gates.inputs import GateInputs
+from cephalo_lite.moe.gates.report import GateReport
 
 matplotlib.use("Agg")
 NAMES = ["one", "two", "three"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .trace_colours import FAINT, INK, ink_on, looks, tint
-from .trace_record import RoutingTrace
+from .colours import FAINT, INK, ink_on, looks, tint
+from .record import RoutingTrace
 
 
 def plot_layers(trace: RoutingTrace, kind: str | None = None, row: int | None = None, ax=None):

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from ..phi3v import Phi3VModel, Phi3VProcessor
-from ..phi3v.image_processing import CLIP_MEAN, CLIP_STD
-from ..phi3v.labels import IGNORED, answer_labels
-from .routing import RouterOutput, routers
-from .trace_picture import TracedPicture, find_pictures, rebuild
-from .trace_record import RoutingTrace
-from .trace_text import pieces
+from ...phi3v import Phi3VModel, Phi3VProcessor
+from ...phi3v.image_processing import CLIP_MEAN, CLIP_STD
+from ...phi3v.labels import IGNORED, answer_labels
+from ..routing import RouterOutput, routers
+from .picture import TracedPicture, find_pictures, rebuild
+from .record import RoutingTrace
+from .text import pieces
 
 ROUTED = ("probs", "weights", "chosen")
 

@@ -13,7 +13,7 @@ from cephalo_lite.moe import Phi3VMoeForCausalLM
 from cephalo_lite.moe.build import build_moe
 from cephalo_lite.phi3v import Phi3VForCausalLM
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+GOLDEN = Path(__file__).parents[2] / "data" / "golden"
 
 
 @pytest.mark.filterwarnings("ignore:experts with:UserWarning")
@@ -53,7 +53,7 @@ def test_memory_does_not_grow_with_the_tensors(make_dense, tmp_path):
     config = {"vocab_size": rows, "hidden_size": width, "intermediate_size": inner}
     base = make_dense("base", tensors=large, config=config)
     source = [sys.executable, "-c", MEMORY, base, base, base, tmp_path / "moe"]
-    root = str(Path(__file__).parents[2])
+    root = str(Path(__file__).parents[3])
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(source, env=environment, capture_output=True, text=True, check=True)
     assert (tmp_path / "moe" / "model.safetensors").stat().st_size > 256e6

@@ -20,24 +20,24 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from .build_checks import (
+from ...shards import SINGLE_FILE, TensorReader, sync, verify_shard
+from .checks import (
     check_disk_space,
     check_layers,
     check_routing,
     check_target,
     name_experts,
 )
-from .build_files import write_side_files
-from .build_gates import gate_dtype_of, given_gates, random_gates
-from .build_plan import measure_left_behind, plan_pieces, summarise
-from .build_report import REPORT_FILE, BuildReport
-from .build_sources import (
+from .files import write_side_files
+from .gates import gate_dtype_of, given_gates, random_gates
+from .plan import measure_left_behind, plan_pieces, summarise
+from .report import REPORT_FILE, BuildReport
+from .sources import (
     check_same_architecture,
     check_same_vocabulary,
     open_dense,
 )
-from .build_stream import Piece, Written, plan_shards, write_shard
-from .shards import SINGLE_FILE, TensorReader, sync, verify_shard
+from .stream import Piece, Written, plan_shards, write_shard
 
 logger = logging.getLogger(__name__)
 

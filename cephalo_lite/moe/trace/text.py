@@ -6,8 +6,8 @@ import html
 import re
 from typing import NamedTuple
 
-from .trace_colours import FAINT, INK, looks, tint
-from .trace_record import RoutingTrace
+from .colours import FAINT, INK, looks, tint
+from .record import RoutingTrace
 
 MARK = re.compile(r"<(\|\w+\||s|/s|unk)>")
 STRIPS = {

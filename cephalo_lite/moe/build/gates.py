@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from .shards import DTYPE_NAMES, TORCH_DTYPES, TensorReader, read_header
+from ...shards import DTYPE_NAMES, TORCH_DTYPES, TensorReader, read_header
 
 GATE_STD = 0.02  # of the random weights
 GateList = list[dict[str, torch.Tensor]]  # per MoE layer {"gate.weight": (E, D), "gate.bias": (E,)}

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .routing import ROUTERS
+from ..routing import ROUTERS
 
 
 def name_experts(

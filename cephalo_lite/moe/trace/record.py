@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from .trace_picture import TracedPicture
+from .picture import TracedPicture
 
 KINDS = ("image", "prompt", "answer")
 
@@ -157,26 +157,26 @@ class RoutingTrace:
         return "\n".join(lines)
 
     def plot_layers(self, kind: str | None = None, row: int | None = None, ax=None):
-        """Heat map layers x experts; see `trace_plots.plot_layers`."""
-        from .trace_plots import plot_layers
+        """Heat map layers x experts; see `trace.plots.plot_layers`."""
+        from .plots import plot_layers
 
         return plot_layers(self, kind, row, ax)
 
     def plot_picture(self, number: int = 1, layer: int | None = None, row: int = 0):
-        """A picture as the model saw it under the experts of its patches; see `trace_plots`."""
-        from .trace_plots import plot_picture
+        """A picture as the model saw it under the experts of its patches; see `trace.plots`."""
+        from .plots import plot_picture
 
         return plot_picture(self, number, layer, row)
 
     def plot_text(self, layer: int | None = None, row: int = 0, width: int = 90):
-        """The text, each token in the colour of its expert; see `trace_text.plot_text`."""
-        from .trace_text import plot_text
+        """The text, each token in the colour of its expert; see `trace.text.plot_text`."""
+        from .text import plot_text
 
         return plot_text(self, layer, row, width)
 
     def text_html(self, layer: int | None = None, row: int = 0) -> str:
-        """The same as HTML, for a notebook or a page; see `trace_text.text_html`."""
-        from .trace_text import text_html
+        """The same as HTML, for a notebook or a page; see `trace.text.text_html`."""
+        from .text import text_html
 
         return text_html(self, layer, row)
 

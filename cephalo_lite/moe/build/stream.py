@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .shards import (
+from ...shards import (
     ALIGNMENT,
     CHUNK_BYTES,
     TensorInfo,
