@@ -65,6 +65,8 @@ def one_by_one(
         return nn.functional.linear(experts.act_fn(gate) * up, down[expert])  # (n, D)
 
     weights = top_k_weights.to(hidden_states.dtype)
+    if top_k_index.numel() == 1:  # a step of generation with one expert per token
+        return mlp(hidden_states, int(top_k_index)) * weights
     if is_few(experts, top_k_index):  # sorting would cost more than it saves
         tokens, each = hidden_states.split(1), top_k_index.shape[1]
         chosen = enumerate(top_k_index.flatten().tolist())

@@ -5,10 +5,11 @@ from __future__ import annotations
 CARD = """# The tiny family: a base and three experts
 
 Four Phi-3-Vision models in the released checkpoint format, small enough to train on two CPU
-cores: {eyes} steps for the tower, {steps} steps of {batch} pictures for the base, {expert} steps
-for the experts (materials, general, latex). {note}They exist so that every step of the tutorial
-can be run, and its outcome judged, on a laptop. They know the small world of
-`cephalo_lite.tiny.world` and nothing else; do not use them for anything but learning.
+cores: {eyes} steps for the tower, which stays as it is from then on, {steps} steps of {batch}
+pictures for the base, {expert} steps for the experts (materials, general, latex).
+{note}They exist so that every step of the tutorial can be run, and its outcome judged, on a
+laptop. They know the small world of `cephalo_lite.tiny.world` and nothing else; do not use them
+for anything but learning.
 
 The base was never told some things: three micro-structures, three handwritten digits, a third of
 the photographs, Greek letters. Its tower has seen them, as CLIP has seen everything, and it has

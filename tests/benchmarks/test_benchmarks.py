@@ -81,6 +81,18 @@ def test_ratios_are_those_of_the_medians(run):
     }  # fmt: skip
 
 
+def test_every_way_of_gating_is_judged_for_every_seed(run):
+    result, folder = run("tiny_mixture")
+    rows, seeds = result["table"]["rows"], result["runs"]["seeds"]
+    assert len(seeds) == result["repetitions"] == 2
+    assert [row[0] for row in rows] == list(seeds[0]) == list(seeds[1])
+    assert {"base", "untrained gates", "2024 recipe", "our gates"} <= set(seeds[0])
+    for way in ("base", "latex expert"):
+        values = [one[way]["latex"] for one in seeds]
+        assert dict((row[0], row[3]) for row in rows)[way].startswith(f"{sum(values) / 2:.0%} (")
+    assert script("readme_tables").table("tiny_mixture", folder).count("gates") >= 4
+
+
 def test_turns_change_and_short_functions_are_repeated():
     common = script("common")
     calls: list[str] = []

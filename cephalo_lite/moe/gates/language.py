@@ -34,7 +34,7 @@ def train_on_answers(
     processor,
     samples_per_expert: Sequence[Sequence[Sample]],
     steps: int,
-    lr: float = 2e-3,
+    lr: float = 5e-4,
     batch_size: int = 16,
     seed: int = 0,
     progress: bool = True,

@@ -29,7 +29,7 @@ def train_gates(
     patience: int = 100,
     tokens_per_sample: int | None = 64,
     language_steps: int = 0,
-    language_lr: float = 2e-3,
+    language_lr: float = 5e-4,
     language_batch: int = 16,
     seed: int = 0,
     progress: bool = True,
