@@ -65,6 +65,10 @@ def fit_gates(
     weight_decay = weight_decay / len(inputs.expert)
     train, test = _Tokens(inputs, experts, device), _Tokens(held_out, experts, device)
     mean, scale = _standard(train)  # (L, 1, D) both
+    outer, basis = (mean, scale), None
+    if 2 * train.hidden.shape[1] < train.hidden.shape[2]:
+        basis = _into_span(train, test, mean, scale)  # (L, D, N)
+        mean, scale = (f(train.hidden[:, :1]) for f in (torch.zeros_like, torch.ones_like))
     layers, _, width = train.hidden.shape
     rate = 1.5 / _curvature(train, mean, scale, seed)  # (L, 1, 1); 2 would be the limit
     weight = torch.zeros(layers, experts, width, device=device)  # of standardised inputs
@@ -102,7 +106,10 @@ def fit_gates(
         bar.set_postfix(held_out=f"{held_out_losses[-1]:.3f}", refresh=False)
         if step - max(best_steps) >= patience:
             break
-    weight, bias = (tensor.cpu() for tensor in folded(*kept))
+    weight, bias = kept
+    if basis is not None:
+        weight, (mean, scale) = weight @ basis.mT, outer
+    weight, bias = (tensor.cpu() for tensor in folded(weight, bias))
     gates = [{"gate.weight": w, "gate.bias": b[0]} for w, b in zip(weight, bias, strict=True)]
     return GateFit(gates, train_losses, held_out_losses, best_steps)
 
@@ -137,10 +144,23 @@ def _standard(tokens: _Tokens) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(means), torch.stack(scales)
 
 
+def _into_span(train: _Tokens, test: _Tokens, mean, scale) -> torch.Tensor:
+    """Express fewer tokens than features in an orthonormal basis (L, D, N) of what they span.
+
+    From zero, gradients never lead out of that span, and a rotation changes neither products nor
+    lengths: the fit is the same, with N features instead of D.
+    """
+    basis, coordinates = torch.linalg.qr(((train.hidden - mean) * scale).mT)
+    train.hidden = coordinates.mT.contiguous()  # (L, N, N)
+    test.hidden = ((test.hidden - mean) * scale) @ basis
+    return basis
+
+
 def _curvature(tokens: _Tokens, mean, scale, seed: int, iterations: int = 15) -> torch.Tensor:
     """Largest eigenvalue (L, 1, 1) of the covariance of standardised inputs, by power iteration."""
     generator = torch.Generator().manual_seed(seed)
-    vector = torch.randn(mean.shape[0], 1, mean.shape[2], generator=generator).to(mean.device)
+    layers, _, width = tokens.hidden.shape
+    vector = torch.randn(layers, 1, width, generator=generator).to(mean.device)
     for _ in range(iterations):
         vector = vector / vector.norm(dim=2, keepdim=True).clamp(min=1e-12)
         along = vector * scale

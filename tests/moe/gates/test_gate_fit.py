@@ -180,3 +180,18 @@ def test_an_expert_without_tokens_is_refused():
     inputs = make_inputs([10, 10, 10])
     with pytest.raises(ValueError, match=r"\[10, 10, 10, 0\]"):
         fit_gates(inputs, inputs, 4, **QUIET)
+
+
+def test_fewer_tokens_than_features_give_the_same_fit():
+    """They are fitted in their span; repeated, so that they are many, in the space of features."""
+    few = make_inputs([4, 5, 3], width=60)
+    many = GateInputs(few.hidden.repeat(1, 4, 1), few.expert.repeat(4), few.kind, few.sample)
+    how = {"experts": 3, "steps": 3000, "patience": 3000, **QUIET}
+    held_out = make_inputs([6, 6, 6], width=60, seed=1)
+    in_span = fit_gates(few, few, weight_decay=0.5, **how)
+    in_features = fit_gates(many, few, weight_decay=2.0, **how)
+    for one, other in zip(in_span.gates, in_features.gates, strict=True):
+        for name, tensor in one.items():
+            largest = other[name].abs().max().item()
+            torch.testing.assert_close(tensor, other[name], rtol=0, atol=1e-2 * largest)
+    assert min(accuracy(in_span.gates, held_out)) > 0.6
