@@ -94,7 +94,7 @@ def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter
     """
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {group: [] for group in GROUPS}
     for name, parameter in model.named_parameters():
-        groups[_group_of(name)].append((name, parameter))
+        groups[group_of(name)].append((name, parameter))
     return {group: members for group, members in groups.items() if members}
 
 
@@ -145,7 +145,8 @@ def unfreeze(model: nn.Module, groups: Iterable[str] | None = None) -> FreezeRep
     return _report(found)
 
 
-def _group_of(name: str) -> str:
+def group_of(name: str) -> str:
+    """The group of a parameter, by its dotted name; raises ValueError where it has none."""
     parts = set(name.split("."))
     for words, group in RULES:
         if parts & words:
