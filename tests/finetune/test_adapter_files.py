@@ -173,11 +173,12 @@ def test_the_merged_mixture_is_the_stock_class_bit_for_bit(make, wake, tmp_path)
     assert fused.gate_up_proj[2].equal(torch.cat([experts[2].w1.weight, experts[2].w3.weight]))
 
 
-def test_merging_into_four_bits_warns(make_moe, tmp_path):
+def test_merging_into_four_bits_warns(make_moe, tokenizer, tmp_path):
     from cephalo_lite.quantize import load_4bit
 
     make_moe().save_pretrained(tmp_path)
-    loaded = load_4bit(tmp_path, dtype=torch.float32)[0]
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_4bit(tmp_path, dtype=torch.float32, progress=False)[0]
     model, _ = add_adapters(loaded, r=4)
     with pytest.warns(UserWarning, match="rounds every sum to 4 bits again"):
         _, report = merge_adapters(model)
