@@ -71,9 +71,14 @@ class MemoryPlan:
                 f"{row.rank:>5}{row.batch:>7}{row.sequence:>8}{cells}{row.total / 1e9:>10.3f}"
             )
         for row in self.rows:
+            choice = f"rank {row.rank}, {row.batch} x {row.sequence} tokens"
+            fitting = [f"{card:g}" for card, verdict in row.verdicts.items() if verdict == "fits"]
+            if fitting:
+                lines.append(f"{choice}: fits {', '.join(fitting)} GiB")
             lines += [
-                f"rank {row.rank}, {row.batch} x {row.sequence}, card of {card:g} GiB: {verdict}"
+                f"{choice}: {card:g} GiB {verdict}"
                 for card, verdict in row.verdicts.items()
+                if verdict != "fits"
             ]
         return "\n".join(lines)
 

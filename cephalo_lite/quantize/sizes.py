@@ -14,8 +14,11 @@ from torch import nn
 # Parts of a dotted name whose weights stay in half precision. All are small, or are looked up
 # rather than multiplied by; a router's rounding would send tokens to other experts; the vision
 # tower and the projector are 2 % of a vision mixture, and every picture goes through them.
-SKIPPED = ("lm_head", "gate", "router", "gating_layer", "vision_embed_tokens")
-KEPT = frozenset((*SKIPPED, "embed_tokens"))
+KEPT = frozenset(
+    ("embed_tokens", "lm_head", "gate", "router", "gating_layer", "vision_embed_tokens")
+)
+# The same for transformers, which compares ends of names, and beginnings, but no middle parts.
+SKIPPED = ("lm_head", "gate", "router", "gating_layer", "model.vision_embed_tokens")
 
 BLOCK = 64  # weights that share a scale
 SCALES = 256  # scales that share a scale of their own
