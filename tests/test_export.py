@@ -54,7 +54,7 @@ def mixture(bias: float = 0.5) -> SequentialPhimoeForCausalLM:
 
 STOCK = """
 import sys, torch
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, target = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -13,7 +13,7 @@ ELSEWHERE = {
     "adapters": ("ADAPTABLE", "AdapterReport", "adapter_report", "add_adapters"),
     "merging": ("MergeReport", "merge_adapters"),
     "recipes": ("RECIPES", "Recipe", "phi35_mini", "phi35_mini_code", "phi35_moe"),
-    "sft": ("SFTReport", "sft"),
+    "supervised": ("SFTReport", "sft"),
     "text_data": ("guanaco_messages", "instruction_messages", "split_rows", "tokenize_rows"),
 }
 _FILES = {name: file for file, names in ELSEWHERE.items() for name in names}

@@ -17,7 +17,9 @@ Source: LoRA, arXiv 2106.09685; QLoRA, arXiv 2305.14314.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -134,6 +136,17 @@ def lora_config(
     )
 
 
+@contextmanager
+def without_rename_warnings() -> Iterator[None]:
+    """PEFT and TRL say "gradient checkpointing", and transformers 5.23 warns of it every time."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=r"`(is_)?gradient_checkpointing\w*` is deprecated"
+        )
+        yield
+
+
+@without_rename_warnings()
 def attach(model: nn.Module, config: LoraConfig, seed: int = 0) -> tuple[PeftModel, AdapterReport]:
     """Put the adapters of a configuration on a model; returns both as `add_adapters`."""
     with torch.random.fork_rng():

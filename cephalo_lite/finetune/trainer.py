@@ -13,9 +13,23 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from .adapters import without_rename_warnings
 from .recipes import Recipe
 
 
+class AnswerTrainer(SFTTrainer):
+    """TRL's trainer, whose loss of held-out rows is that of their answers alone."""
+
+    def prediction_step(self, *args, **kwargs):
+        """One batch of held-out rows; TRL would add the load-balance loss to theirs."""
+        balanced, self.aux_loss_enabled = self.aux_loss_enabled, False
+        try:
+            return super().prediction_step(*args, **kwargs)
+        finally:
+            self.aux_loss_enabled = balanced
+
+
+@without_rename_warnings()
 def make_trainer(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -24,7 +38,7 @@ def make_trainer(
     recipe: Recipe,
     output_dir: str | Path,
     progress: bool = True,
-) -> SFTTrainer:
+) -> AnswerTrainer:
     """A trainer that learns the labels of tokenized rows.
 
     Args:
@@ -38,7 +52,7 @@ def make_trainer(
     """
     name_experts(model.config)
     with _bars_of_datasets(progress):
-        trainer = SFTTrainer(
+        trainer = AnswerTrainer(
             model=model,
             args=arguments(recipe, model, output_dir),
             train_dataset=train,
@@ -100,6 +114,7 @@ def name_experts(config: PreTrainedConfig) -> None:
         kind.attribute_map = {**kind.attribute_map, "num_experts": "num_local_experts"}
 
 
+@without_rename_warnings()
 def release(model: PeftModel) -> None:
     """Take off what the trainer has put on a model, so that it answers as before; eval mode."""
     model.eval()

@@ -14,7 +14,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .adapters import AdapterReport, adapter_report, add_adapters
+from .adapters import AdapterReport, adapter_report, add_adapters, without_rename_warnings
 from .recipes import Recipe
 from .text_data import tokenize_rows
 from .trainer import make_trainer, release
@@ -32,7 +32,7 @@ class SFTReport:
     resumed_at: int  # step of the checkpoint that it went on from, or 0
     eval_before: float  # loss of the held-out rows
     eval_after: float
-    losses: list[tuple[int, float]] = field(default_factory=list)  # (step, training loss)
+    losses: list[tuple[int, float]] = field(default_factory=list)  # (step, with balance loss)
     eval_losses: list[tuple[int, float]] = field(default_factory=list)  # (step, held-out loss)
     balance_losses: list[tuple[int, float]] = field(default_factory=list)  # where asked for
     rows: int = 0  # trained on
@@ -107,13 +107,14 @@ def sft(
         model, tokenizer, train.dataset, held_out.dataset, recipe, output_dir, progress
     )
     try:
-        before = trainer.evaluate()["eval_loss"]
-        trainer.state.log_history.clear()
-        began = time.perf_counter()
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        seconds = time.perf_counter() - began
-        history = list(trainer.state.log_history)
-        after = trainer.evaluate()["eval_loss"]
+        with without_rename_warnings():
+            before = trainer.evaluate()["eval_loss"]
+            trainer.state.log_history.clear()
+            began = time.perf_counter()
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            seconds = time.perf_counter() - began
+            history = list(trainer.state.log_history)
+            after = trainer.evaluate()["eval_loss"]
     finally:
         release(model)
 

@@ -68,6 +68,7 @@ def test_the_recipes_numbers():
     assert phi35_mini.groups == phi35_mini_code.groups == ("attention", "mlp")
 
 
+@pytest.mark.filterwarnings("error")
 def test_answers_are_learnt_and_only_adapters_change(make_dense, tokenizer, run, capfd):
     plain = make_dense()
     model, report = run(make_dense(), short(phi35_mini, max_steps=12, eval_steps=6))
@@ -83,7 +84,7 @@ def test_answers_are_learnt_and_only_adapters_change(make_dense, tokenizer, run,
     base = {n.replace(".base_layer", ""): p for n, p in model.get_base_model().named_parameters()}
     assert all(base[name].equal(parameter) for name, parameter in plain.named_parameters())
     assert not model.training and "forward" not in vars(model.get_base_model())
-    assert not model.get_base_model().is_gradient_checkpointing
+    assert not model.get_base_model().model.gradient_checkpointing
     assert report.table().splitlines()[1].split()[-2:] == [
         f"{report.eval_before:.3f}", f"{report.eval_after:.3f}",
     ]  # fmt: skip
