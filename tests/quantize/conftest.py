@@ -16,7 +16,7 @@ pytest.importorskip("peft")
 SIZES = {
     "vocab_size": 384,
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -125,17 +125,19 @@ def fuse():
 
 @pytest.fixture
 def adapt():
-    """A function that puts seeded LoRA on a model, its second factors not zero."""
+    """A function that puts seeded LoRA on a model, in its dtype, the second factors not zero."""
     from peft import LoraConfig, get_peft_model
 
     def adapted(model, *targets: str, r: int = 4, **options):
         config = LoraConfig(r=r, lora_alpha=8, target_modules=list(targets), **options)
+        dtype = model.config.dtype
         model = get_peft_model(model, config)
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_" in name:
                     parameter.normal_(0, 0.1, generator=generator)
+                    parameter.data = parameter.data.to(dtype)
         return model
 
     return adapted

@@ -63,11 +63,9 @@ def test_fused_classes_load_as_ever(make_folder, load, text_ids):
     """Nothing global changes: before, between and after, the stock class has its fused experts."""
     before = PhimoeForCausalLM.from_pretrained(make_folder("phimoe")).eval()
     load("phimoe")
-    after, info = PhimoeForCausalLM.from_pretrained(
-        make_folder("phimoe"), output_loading_info=True
-    )
+    after, info = PhimoeForCausalLM.from_pretrained(make_folder("phimoe"), output_loading_info=True)
     assert not any(info.values())
-    assert after.model.layers[0].mlp.experts.gate_up_proj.shape == (4, 192, 64)
+    assert after.model.layers[0].mlp.experts.gate_up_proj.shape == (4, 256, 64)
     for one, two in zip(before.parameters(), after.parameters(), strict=True):
         assert one.equal(two)
 

@@ -129,5 +129,3 @@ def test_on_a_gpu_as_on_the_cpu(load, make_folder, text_ids):
     with torch.no_grad():
         got, want = model(text_ids.cuda()).logits.cpu(), load("phimoe")(text_ids).logits
     assert (got - want).abs().max() <= 1e-3 * want.abs().max()
-
-

@@ -27,7 +27,7 @@ def stock(make_folder):
 
 def test_load_in_4bit_leaves_the_experts_as_they_were(stock, load, adapt):
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         model = stock(quantization_config=nf4_config(torch.bfloat16))
     assert model.is_loaded_in_4bit
     assert model.model.layers[0].mlp.experts.gate_up_proj.dtype == torch.bfloat16
@@ -35,8 +35,8 @@ def test_load_in_4bit_leaves_the_experts_as_they_were(stock, load, adapt):
         preflight(adapt(model, "q_proj"))
     message = str(told.value)
     assert "of the weights that belong in 4 bits are not quantised" in message
-    assert "experts.gate_up_proj (bfloat16, 0.098 MB)" in message
-    assert "0.295 MB in all" in message and "load_4bit" in message
+    assert "experts.gate_up_proj (bfloat16, 0.131 MB)" in message
+    assert "0.393 MB in all" in message and "load_4bit" in message
     ours = load("phimoe", torch.bfloat16)
     assert preflight(adapt(ours, *RECIPE)).kinds["4 bits"].tensors == 2 * (4 + 4 * 3)
     assert stored_bytes(load("phimoe", torch.bfloat16)) < 0.7 * stored_bytes(model)
@@ -54,7 +54,7 @@ def test_preparing_for_kbit_training_casts_up(stock, load, adapt):
 
 def test_the_recipes_targets_match_no_expert(stock, load, adapt):
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         model = get_peft_model(stock(torch.float32), LoraConfig(target_modules=list(RECIPE)))
     assert not any("experts" in n for n, p in model.named_parameters() if p.requires_grad)
     with pytest.raises(PreflightError) as told:
@@ -71,9 +71,7 @@ def test_the_mini_recipe_matches_two_of_seven(load, adapt):
     with pytest.raises(PreflightError) as told:
         preflight(model)
     missed = [name for name in names if f"target {name!r}" in str(told.value)]
-    assert missed == ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"] or set(missed) == {
-        "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj",
-    }  # fmt: skip
+    assert missed == ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
     assert "down_proj, gate_up_proj, o_proj, qkv_proj" in str(told.value)
     fused = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
     assert preflight(adapt(load("phi3"), *fused)).targets == dict.fromkeys(sorted(fused), 2)
