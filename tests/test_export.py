@@ -56,45 +56,48 @@ STOCK = """
 import sys, torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, target = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-AutoTokenizer.from_pretrained(folder)
-ids = torch.arange(3, 99)[None]
-state = {n: t.contiguous() for n, t in model.state_dict().items()}
-save_file({**state, "logits": model(ids).logits.detach().contiguous()}, target)
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    AutoTokenizer.from_pretrained(folder)
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    logits = model(torch.arange(3, 99)[None]).logits.detach().contiguous()
+    save_file({**state, "logits": logits}, folder + ".stock")
+    print(type(model).__name__)
 assert "cephalo_lite" not in sys.modules
-print(type(model).__name__)
 """
 
 
-@pytest.mark.parametrize("kind", ["phi3", "phimoe"])
-def test_stock_transformers_loads_it_bit_for_bit(tokenizer, tmp_path, kind):
-    model = dense() if kind == "phi3" else mixture()
+@pytest.fixture(scope="module")
+def exported(tokenizer, tmp_path_factory):
+    """Exported models with what stock transformers read of them, in a process of its own."""
+    models = {"dense": dense(), "mixture": mixture()}
+    place = tmp_path_factory.mktemp("exported")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        report = export(model, tokenizer, tmp_path / "out", max_shard_gb=1e-4)
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
-    assert report.parameters == sum(p.numel() for p in model.parameters())
-    code = [sys.executable, "-c", STOCK, str(tmp_path / "out"), str(tmp_path / "stock")]
-    name = subprocess.run(code, check=True, capture_output=True, text=True).stdout.strip()
-    stock_class = Phi3ForCausalLM if kind == "phi3" else PhimoeForCausalLM
-    assert name == stock_class.__name__
-    # our own reading of the same folder, experts one by one, has the same bytes and logits
-    there = load_file(tmp_path / "stock")
-    here = type(model).from_pretrained(tmp_path / "out", dtype=torch.float32)
-    assert all(tensor.equal(model.state_dict()[n]) for n, tensor in here.state_dict().items())
-    for name, tensor in model.state_dict().items():
-        if ".experts." not in name:
-            assert there[name].equal(tensor), name
-        else:
-            layer, expert, matrix = re.search(
-                r"layers\.(\d+).*experts\.(\d+)\.(w\d)", name
-            ).groups()
-            fused = f"model.layers.{layer}.mlp.experts."
-            fused += "down_proj" if matrix == "w2" else "gate_up_proj"
-            part = there[fused][int(expert)]
-            half = {"w1": slice(0, 48), "w3": slice(48, 96), "w2": slice(None)}[matrix]
-            assert part[half].equal(tensor), name
+        for name, model in models.items():
+            export(model, tokenizer, place / name, max_shard_gb=1e-4)
+    code = [sys.executable, "-c", STOCK, *(str(place / name) for name in models)]
+    done = subprocess.run(code, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [Phi3ForCausalLM.__name__, PhimoeForCausalLM.__name__]
+    return {n: (m, place / n, load_file(place / f"{n}.stock")) for n, m in models.items()}
+
+
+@pytest.mark.parametrize("name", ["dense", "mixture"])
+def test_stock_transformers_loads_it_bit_for_bit(exported, name):
+    model, folder, there = exported[name]
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    here = type(model).from_pretrained(folder, dtype=torch.float32).state_dict()
+    for key, tensor in model.state_dict().items():
+        assert here[key].equal(tensor), key
+        found = re.search(r"(.*experts)\.(\d+)\.(w\d)", key)
+        if found is None:
+            assert there[key].equal(tensor), key
+            continue
+        experts, number, matrix = found.groups()  # stock transformers has them in two tensors
+        fused = there[f"{experts}.{'down_proj' if matrix == 'w2' else 'gate_up_proj'}"]
+        rows = {"w1": slice(0, 48), "w3": slice(48, 96), "w2": slice(None)}[matrix]
+        assert fused[int(number)][rows].equal(tensor), key
     with torch.no_grad():
         logits = model(torch.arange(3, 99)[None]).logits
     torch.testing.assert_close(there["logits"], logits, rtol=1e-5, atol=1e-5)

@@ -3,8 +3,8 @@
     cephalo-serve my-mixture --port 8000
 
 serves `/v1/chat/completions` and what else `transformers serve` offers; all of its options are
-taken. It listens on this machine only, unless `--host` says otherwise. The model that a client asks
-for is the path that was served.
+taken. It listens on this machine only, unless `--host` says otherwise. A client names the model by
+the path that was served. Started without a path, the server loads whatever model a client names.
 """
 
 from __future__ import annotations

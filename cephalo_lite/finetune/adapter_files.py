@@ -20,6 +20,7 @@ from .folders import new_folder
 from .groups import group_of
 
 WEIGHTS = "adapter_model.safetensors"
+LORA = r"\.lora_[AB]\.weight$"
 PREFIX = "base_model.model."
 # Names of 2024 → names here: transformers 4's Phi-3.5-MoE, and the published vision models.
 RENAMED = (
@@ -64,7 +65,8 @@ def load_adapters(
         trainable: train them further; else they are frozen and the model is in eval mode.
 
     Returns:
-        The model with adapters in the dtype that they were saved in, and what has them.
+        The model with adapters, and what has them. On a model in 4 bits LoRA computes in the dtype
+        that it was saved in, as it was trained; elsewhere in float32, as merging does.
 
     Raises:
         FileNotFoundError: the folder holds no adapters as safetensors.
@@ -112,9 +114,6 @@ def read_adapters(folder: str | Path) -> tuple[LoraConfig, dict[str, torch.Tenso
     return config, tensors
 
 
-LORA = r"\.lora_[AB]\.weight$"
-
-
 def _name_here(name: str) -> str:
     name = name.removeprefix(PREFIX)
     for pattern, replacement in RENAMED:
@@ -157,12 +156,15 @@ def _gates_as_copies(
 
 def _fill(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
     """Write the tensors to the adapters, each of which must get one of its own shape."""
+    packed = bool(getattr(model.get_base_model(), "is_loaded_in_4bit", False))
     places = {name: p for name, p in model.named_parameters() if is_adapter(name)}
     state = {}
     for name, tensor in tensors.items():
         place = _place_of(name)
         if place in places:
-            state[place] = tensor.to(places[place].device)
+            like = places[place]
+            as_saved = packed and ".lora_" in name
+            state[place] = tensor.to(like.device, None if as_saved else like.dtype)
     if state.keys() != places.keys() or len(state) != len(tensors):
         lacking = sorted(places.keys() - state.keys())
         raise ValueError(
@@ -170,7 +172,7 @@ def _fill(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
             f"{', '.join(lacking[:3]) or 'none'}."
         )
     try:
-        model.load_state_dict(state, strict=False, assign=True)  # assign keeps the saved dtype
+        model.load_state_dict(state, strict=False, assign=True)  # assign: in the state's dtype
     except RuntimeError as error:
         raise ValueError(f"The adapters are for a model of another size: {error}") from error
 

@@ -56,6 +56,9 @@ def merge_adapters(
             stacklevel=2,
         )
     model.eval()
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()  # or the sums would have the rounding of bf16
     inputs = random_probe(model.get_base_model()) if probe is None else probe
     before = _logits(model, inputs)
     merged = model.merge_and_unload(safe_merge=True)

@@ -51,6 +51,7 @@ def make_trainer(
         progress: show a bar of the steps.
     """
     name_experts(model.config)
+    gates = {n: p.dtype for n, p in model.named_parameters() if ".modules_to_save." in n}
     with _bars_of_datasets(progress):
         trainer = AnswerTrainer(
             model=model,
@@ -60,6 +61,9 @@ def make_trainer(
             processing_class=copy.deepcopy(tokenizer),
             callbacks=[StepBar()] if progress else [],
         )
+    for name, dtype in gates.items():  # TRL casts all that is trained on 4 bits to bfloat16
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data.to(dtype)
     trainer.remove_callback(PrinterCallback)
     return trainer
 

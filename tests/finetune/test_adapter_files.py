@@ -45,17 +45,15 @@ def test_save_load_and_merge_are_exact(make, wake, tmp_path, kind):
     assert type(merged) is type(make(kind))
 
 
-def test_saved_dtype_and_training_go_on(make, wake, tmp_path):
+def test_training_goes_on_with_loaded_adapters(make, wake, tmp_path):
     model = wake(add_adapters(make("dense"), "attention", r=4)[0])
-    for name, parameter in model.named_parameters():
-        if "lora" in name:
-            parameter.data = parameter.data.bfloat16()
     save_adapters(model, tmp_path / "adapter")
-    again, _ = load_adapters(make("dense"), tmp_path / "adapter", trainable=True)
+    half = make("dense").bfloat16()
+    again, _ = load_adapters(half, tmp_path / "adapter", trainable=True)
     trained = {n: p for n, p in again.named_parameters() if p.requires_grad}
-    assert len(trained) == 8 and {p.dtype for p in trained.values()} == {torch.bfloat16}
-    assert again.training
-    torch.testing.assert_close(logits(again), logits(model), rtol=1e-6, atol=1e-6)
+    assert again.training and len(trained) == 8
+    assert {p.dtype for p in trained.values()} == {torch.float32}  # rounding would stop learning
+    assert all(p.equal(model.get_parameter(name)) for name, p in trained.items())
 
 
 def as_in_2024(folder, tensors: dict, model):

@@ -1,21 +1,33 @@
 """Fine-tuning: on answers only, before and after, resumed, packed, balanced, and in silence."""
 
 import dataclasses
+import functools
 import shutil
 
 import pytest
 import torch
-from transformers import PhimoeConfig
+from transformers import AutoModelForCausalLM, PhimoeConfig, PhimoeForCausalLM
 from trl import SFTConfig, SFTTrainer
 
+from cephalo_lite.export import export
 from cephalo_lite.finetune import (
     RECIPES,
     add_adapters,
+    load_adapters,
+    merge_adapters,
     phi35_mini,
     phi35_mini_code,
     phi35_moe,
+    save_adapters,
     sft,
     tokenize_rows,
+)
+from cephalo_lite.finetune.merging import random_probe
+from cephalo_lite.quantize import (
+    PreflightError,
+    SequentialPhimoeForCausalLM,
+    load_4bit,
+    nf4_config,
 )
 
 COLOURS = ("red", "blue", "green", "pink", "grey", "gold", "teal", "plum")
@@ -161,13 +173,43 @@ def test_what_cannot_be_trained_is_said_first(make_dense, run, tmp_path):
         run(make_dense(), short(phi35_mini, max_length=4))
 
 
-def test_in_four_bits(make_moe, tokenizer, run, tmp_path):
-    from cephalo_lite.quantize import load_4bit
-
+def test_from_four_bits_to_a_released_folder(make_moe, tokenizer, run, tmp_path, capfd):
+    """Trained on the 4-bit base, loaded there and on the unquantised one, merged, exported."""
     make_moe().save_pretrained(tmp_path / "moe")
     tokenizer.save_pretrained(tmp_path / "moe")
-    model = load_4bit(tmp_path / "moe", dtype=torch.float32, progress=False)[0]
-    _, report = run(model, short(phi35_moe, optimizer="paged_adamw_8bit", max_steps=8))
+    base = functools.partial(load_4bit, tmp_path / "moe", torch.float32, progress=False)
+    groups = ("attention", "experts", "router")
+    recipe = short(phi35_moe, optimizer="paged_adamw_8bit", max_steps=8, groups=groups)
+    trained, report = run(base()[0], recipe, progress=True)
+    assert "fine-tuning: 100%" in capfd.readouterr().err
     assert report.losses[-1][1] < report.losses[0][1]
     assert report.eval_after < report.eval_before
     assert report.adapters.groups["experts"].modules == 2 * 4 * 3
+    save_adapters(trained, tmp_path / "adapter")
+    ids = random_probe(trained.get_base_model())["input_ids"]
+    with torch.no_grad():
+        again, _ = load_adapters(base()[0], tmp_path / "adapter")
+        dtypes = [
+            {p.dtype for n, p in m.named_parameters() if "lora" in n} for m in (again, trained)
+        ]
+        assert dtypes[0] == dtypes[1] == {torch.bfloat16}
+        torch.testing.assert_close(again(ids).logits, trained(ids).logits, rtol=1e-5, atol=1e-5)
+        whole = SequentialPhimoeForCausalLM.from_pretrained(tmp_path / "moe")
+        whole, _ = load_adapters(whole, tmp_path / "adapter")
+        expected = whole(ids).logits
+        merged, _ = merge_adapters(whole)
+        with pytest.warns(UserWarning):
+            export(merged, tokenizer, tmp_path / "released")
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "released")
+        assert type(stock) is PhimoeForCausalLM
+        torch.testing.assert_close(stock(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_base_that_is_not_in_four_bits_is_not_trained_as_if(make_moe, tokenizer, run, tmp_path):
+    """transformers' own 4-bit loading leaves the experts alone; `sft` refuses such a model."""
+    make_moe().save_pretrained(tmp_path / "moe")
+    stock = PhimoeForCausalLM.from_pretrained(
+        tmp_path / "moe", quantization_config=nf4_config(torch.float32)
+    )
+    with pytest.raises(PreflightError, match="not quantised"):
+        run(stock, short(phi35_moe, groups=("attention",)))
