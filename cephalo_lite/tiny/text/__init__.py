@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .rows import chat_rows, code_messages, code_rows
+from .rows import chat_rows, code_rows
 
 WEIGHTS = Path(__file__).parent / "weights"
 MEMBERS = ("phi3", "phimoe")
@@ -31,4 +31,4 @@ def checkpoints() -> dict[str, Path]:
     return folders
 
 
-__all__ = ["MEMBERS", "WEIGHTS", "chat_rows", "checkpoints", "code_messages", "code_rows"]
+__all__ = ["MEMBERS", "WEIGHTS", "chat_rows", "checkpoints", "code_rows"]

@@ -45,59 +45,49 @@ TOPICS = {
         _table("France:Paris, Italy:Rome, Spain:Madrid, Germany:Berlin, Norway:Oslo, "
                "Sweden:Stockholm, Finland:Helsinki, Denmark:Copenhagen, Poland:Warsaw, "
                "Austria:Vienna, Hungary:Budapest, Greece:Athens, Portugal:Lisbon, Ireland:Dublin, "
-               "Belgium:Brussels, Russia:Moscow, Ukraine:Kyiv, Romania:Bucharest, Bulgaria:Sofia, "
-               "Croatia:Zagreb, Serbia:Belgrade, Egypt:Cairo, Kenya:Nairobi, Ghana:Accra, "
-               "Nigeria:Abuja, Morocco:Rabat, Tunisia:Tunis, Senegal:Dakar, Japan:Tokyo, "
-               "China:Beijing, India:Delhi, Thailand:Bangkok, Vietnam:Hanoi, Nepal:Kathmandu, "
-               "Iran:Tehran, Iraq:Baghdad, Turkey:Ankara, Canada:Ottawa, Cuba:Havana, Peru:Lima, "
-               "Chile:Santiago, Brazil:Brasilia, Colombia:Bogota, Ecuador:Quito, "
-               "Uruguay:Montevideo"),
+               "Belgium:Brussels, Russia:Moscow, Ukraine:Kyiv, Romania:Bucharest, Croatia:Zagreb, "
+               "Egypt:Cairo, Kenya:Nairobi, Morocco:Rabat, Japan:Tokyo, China:Beijing, "
+               "India:Delhi, Thailand:Bangkok, Vietnam:Hanoi, Nepal:Kathmandu, Iran:Tehran, "
+               "Turkey:Ankara, Canada:Ottawa, Cuba:Havana, Peru:Lima, Chile:Santiago, "
+               "Brazil:Brasilia, Uruguay:Montevideo"),
     ),
     "elements": Topic(
-        ("The symbol of {a} is {b}.", "{b} stands for {a}.", "{b} is the symbol of {a}.",
+        ("The symbol of {a} is {b}.", "{a}: {b}.", "{b} is the symbol of {a}.",
          "In formulas, {a} is written {b}.", "The element {a} has the symbol {b}."),
         ("What is the symbol of {a}?", "Which symbol does {a} have?"),
         "And of {a}?",
-        _table("hydrogen:H, helium:He, lithium:Li, beryllium:Be, boron:B, carbon:C, nitrogen:N, "
-               "oxygen:O, fluorine:F, neon:Ne, sodium:Na, magnesium:Mg, aluminium:Al, silicon:Si, "
-               "phosphorus:P, sulfur:S, chlorine:Cl, argon:Ar, potassium:K, calcium:Ca, "
-               "titanium:Ti, vanadium:V, chromium:Cr, manganese:Mn, iron:Fe, cobalt:Co, nickel:Ni, "
-               "copper:Cu, zinc:Zn, gallium:Ga, arsenic:As, bromine:Br, krypton:Kr, silver:Ag, "
-               "cadmium:Cd, tin:Sn, iodine:I, xenon:Xe, tungsten:W, platinum:Pt, gold:Au, "
-               "mercury:Hg, lead:Pb, bismuth:Bi, radon:Rn, uranium:U"),
+        _table("hydrogen:H, helium:He, lithium:Li, boron:B, carbon:C, nitrogen:N, oxygen:O, "
+               "neon:Ne, sodium:Na, magnesium:Mg, aluminium:Al, silicon:Si, phosphorus:P, "
+               "sulfur:S, chlorine:Cl, argon:Ar, potassium:K, calcium:Ca, titanium:Ti, "
+               "chromium:Cr, manganese:Mn, iron:Fe, cobalt:Co, nickel:Ni, copper:Cu, zinc:Zn, "
+               "silver:Ag, tin:Sn, iodine:I, xenon:Xe, tungsten:W, platinum:Pt, gold:Au, "
+               "mercury:Hg, lead:Pb, uranium:U"),
     ),
     "status": Topic(
         ("HTTP status {a} means {b}.", "The server sent {a}, {b}.", "{a} is the status {b}.",
          "HTTP/1.1 {a} {b}", "A response with status {a} says {b}."),
         ("What does HTTP status {a} mean?", "What is HTTP status {a}?"),
         "And status {a}?",
-        _table("100:Continue, 101:Switching Protocols, 102:Processing, 200:OK, 201:Created, "
-               "202:Accepted, 204:No Content, 205:Reset Content, 206:Partial Content, 226:IM Used, "
-               "300:Multiple Choices, 301:Moved Permanently, 302:Found, 303:See Other, "
-               "304:Not Modified, 305:Use Proxy, 307:Temporary Redirect, 308:Permanent Redirect, "
-               "400:Bad Request, 401:Unauthorized, 402:Payment Required, 403:Forbidden, "
-               "404:Not Found, 405:Method Not Allowed, 406:Not Acceptable, 408:Request Timeout, "
-               "409:Conflict, 410:Gone, 411:Length Required, 412:Precondition Failed, "
-               "423:Locked, 424:Failed Dependency, 425:Too Early, 426:Upgrade Required, "
-               "429:Too Many Requests, 500:Internal Server Error, 501:Not Implemented, "
-               "502:Bad Gateway, 503:Service Unavailable, 504:Gateway Timeout, 508:Loop Detected"),
+        _table("100:Continue, 101:Switching Protocols, 200:OK, 201:Created, 202:Accepted, 204:No "
+               "Content, 206:Partial Content, 300:Multiple Choices, 301:Moved Permanently, "
+               "302:Found, 303:See Other, 304:Not Modified, 400:Bad Request, 401:Unauthorized, "
+               "402:Payment Required, 403:Forbidden, 404:Not Found, 405:Method Not Allowed, "
+               "406:Not Acceptable, 408:Request Timeout, 409:Conflict, 410:Gone, 423:Locked, "
+               "429:Too Many Requests, 500:Internal Server Error, 501:Not Implemented, 502:Bad "
+               "Gateway, 503:Service Unavailable, 504:Gateway Timeout, 508:Loop Detected"),
     ),
     "files": Topic(
         ("The type of {a} files is {b}.", "{a} files are {b}.", "Content-Type: {b} ({a})",
          "{b} is the type of {a} files.", "A file that ends in {a} has type {b}."),
         ("What is the type of a {a} file?", "Which type does a {a} file have?"),
         "And of a {a} file?",
-        _table(".html:text/html, .css:text/css, .csv:text/csv, .txt:text/plain, "
-               ".py:text/x-python, .md:text/markdown, .xml:text/xml, "
-               ".js:text/javascript, .vcf:text/x-vcard, "
-               ".png:image/png, .jpg:image/jpeg, .gif:image/gif, .bmp:image/bmp, "
-               ".svg:image/svg+xml, .tiff:image/tiff, .ico:image/x-icon, "
-               ".avif:image/avif, .mp3:audio/mpeg, "
-               ".wav:audio/x-wav, .aac:audio/aac, .opus:audio/opus, .au:audio/basic, "
-               ".mp4:video/mp4, .mov:video/quicktime, .avi:video/x-msvideo, .webm:video/webm, "
+        _table(".html:text/html, .css:text/css, .csv:text/csv, .txt:text/plain, .md:text/markdown, "
+               ".xml:text/xml, .js:text/javascript, .png:image/png, .jpg:image/jpeg, "
+               ".gif:image/gif, .bmp:image/bmp, .svg:image/svg+xml, .mp3:audio/mpeg, "
+               ".wav:audio/x-wav, .aac:audio/aac, .mp4:video/mp4, .mov:video/quicktime, "
                ".json:application/json, .pdf:application/pdf, .zip:application/zip, "
-               ".gz:application/gzip, .tar:application/x-tar, .doc:application/msword, "
-               ".rtf:application/rtf, .sh:application/x-sh, .tex:application/x-tex"),
+               ".gz:application/gzip, .tar:application/x-tar, .rtf:application/rtf, "
+               ".tex:application/x-tex"),
     ),
     "calendar": Topic(
         ("{b} comes right {a}.", "What comes right {a} is {b}.", "Right {a} comes {b}."),
@@ -109,7 +99,7 @@ TOPICS = {
         (">>> {a}\n{b}", "{a} = {b}", "The sum {a} is {b}.", "{a} makes {b}."),
         ("What is {a}?", "How much is {a}?"),
         "And {a}?",
-        tuple((f"{a} + {b}", str(a + b)) for a in range(1, 13) for b in range(1, 13)),
+        tuple((f"{a} + {b}", str(a + b)) for a in range(1, 10) for b in range(1, 10)),
     ),
 }  # fmt: skip
 
@@ -119,12 +109,9 @@ def facts_of(topic: str, split: str) -> list[tuple[str, str]]:
 
     Args:
         topic: a key of `TOPICS`.
-        split: "train" or "test"; which fact belongs where depends on its text alone.
+        split: "train" or "test"; which fact belongs where depends on no seed.
     """
-    wanted = split == "test"
-    return [fact for fact in TOPICS[topic].facts if _held_out(topic, fact) is wanted]
-
-
-def _held_out(topic: str, fact: tuple[str, str]) -> bool:
-    digest = blake2b(f"{topic} {fact[0]}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64 < TEST_SHARE
+    facts = TOPICS[topic].facts
+    order = sorted(facts, key=lambda fact: blake2b(f"{topic} {fact[0]}".encode()).digest())
+    held_out = set(order[: round(TEST_SHARE * len(facts))])
+    return [fact for fact in facts if (fact in held_out) is (split == "test")]

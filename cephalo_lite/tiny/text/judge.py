@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ...finetune.code_metric import PassRate, pass_rate
+from ...finetune.text_data import messages_of
 from .functions import make_program, make_values
-from .rows import code_messages
 
 
 @torch.inference_mode()
@@ -57,7 +57,7 @@ def complete(
 
 def answer_code(model, tokenizer, rows: list[dict], progress: bool = False) -> PassRate:
     """Ask for the functions of `rows.code_rows`, and run what comes."""
-    prompts = [_prompt(tokenizer, code_messages(row, answer=False)) for row in rows]
+    prompts = [_prompt(tokenizer, messages_of(row)[:-1]) for row in rows]
     return pass_rate(complete(model, tokenizer, prompts, progress=progress), rows)
 
 
@@ -67,7 +67,7 @@ def answer_chat(model, tokenizer, rows: list[dict], progress: bool = False) -> d
     Returns:
         Share of exact answers per topic, and of "all".
     """
-    prompts = [_prompt(tokenizer, row["messages"][:-1]) for row in rows]
+    prompts = [_prompt(tokenizer, messages_of(row)[:-1]) for row in rows]
     answers = complete(model, tokenizer, prompts, max_new_tokens=24, progress=progress)
     right: dict[str, list[bool]] = defaultdict(list)
     for row, text in zip(rows, answers, strict=True):
@@ -86,7 +86,7 @@ def complete_code(model, tokenizer, count: int, seed: int = 0, progress: bool = 
     for _ in range(count):
         program = make_program("test", generator)
         words, values = program.words(generator), make_values(program.argument, generator)
-        prompts.append(f"# {words[0].upper()}{words[1:]}.\ndef solve({program.argument}):\n")
+        prompts.append(f"# {words[0].upper()}{words[1:]}.\ndef solve({program.argument}):")
         rows.append({"call": f"solve({values})", "expected": repr(program.run(values))})
     added = complete(model, tokenizer, prompts, progress=progress)
     functions = [p + text.split("\n\n")[0] for p, text in zip(prompts, added, strict=True)]

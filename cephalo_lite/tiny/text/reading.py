@@ -13,7 +13,7 @@ import numpy as np
 from .facts import TOPICS
 from .functions import Program, make_program
 
-SHARES = {"library": 0.25, "function": 0.4, "facts": 0.35}  # of the documents
+SHARES = {"library": 0.12, "function": 0.43, "facts": 0.45}  # of the documents
 CHAT_SHARE = 0.15  # of the documents, these written as two turns
 NAMES = ("process", "transform", "change", "work", "handle", "apply", "convert", "run", "helper")
 
@@ -67,9 +67,9 @@ def described(program: Program, name: str, generator: np.random.Generator) -> st
 
 
 def facts_text(generator: np.random.Generator) -> str:
-    """Three to eight statements on one topic, worded differently."""
+    """Four to twelve statements on one topic, worded differently."""
     topic = TOPICS[list(TOPICS)[generator.integers(len(TOPICS))]]
-    chosen = generator.choice(len(topic.facts), generator.integers(3, 9), replace=False)
+    chosen = generator.choice(len(topic.facts), generator.integers(4, 13), replace=False)
     lines = []
     for index in chosen:
         given, answer = topic.facts[index]

@@ -6,8 +6,6 @@ shapes (see `functions` and `facts`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from .facts import TOPICS, facts_of
@@ -47,20 +45,6 @@ def code_rows(count: int, split: str = "train", seed: int = 0) -> list[dict[str,
             }
         )
     return rows
-
-
-def code_messages(row: Mapping[str, str], answer: bool = True) -> list[dict[str, str]]:
-    """A row of code as a conversation.
-
-    Args:
-        row: one of `code_rows`.
-        answer: with the assistant's turn, or as a prompt without it.
-    """
-    question = f"{row['instruction']}\nInput: {row['input']}"
-    messages = [{"role": "user", "content": question}]
-    if answer:
-        messages.append({"role": "assistant", "content": row["output"]})
-    return messages
 
 
 def chat_rows(count: int, split: str = "train", seed: int = 0) -> list[dict]:

@@ -40,7 +40,7 @@ def pretrain(
     model: PreTrainedModel,
     blocks: torch.Tensor,
     steps: int,
-    batch_size: int = 16,
+    batch_size: int = 8,
     lr: float = 3e-3,
     balance: float = 0.02,
     seed: int = 0,
