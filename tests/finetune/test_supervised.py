@@ -59,13 +59,16 @@ def run(tokenizer, tmp_path):
 def loss_by_hand(model, rows, tokenizer) -> float:
     """Cross entropy of the answers' tokens, row by row, without padding."""
     total, count = 0.0, 0
-    for row in tokenize_rows(rows, tokenizer, 128).dataset:
-        ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
-        logits = model.eval()(ids).logits[:, :-1].flatten(0, 1)
-        learnt = labels[:, 1:].flatten() != -100
-        targets = ids[:, 1:].flatten()[learnt]
-        total += torch.nn.functional.cross_entropy(logits[learnt], targets, reduction="sum").item()
-        count += int(learnt.sum())
+    for row in rows:
+        question = [{"role": "user", "content": row["instruction"]}]
+        prompt = tokenizer.apply_chat_template(
+            question, add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        answer = tokenizer(row["output"] + "<|end|>", add_special_tokens=False)["input_ids"]
+        logits = model.eval()(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        targets = torch.tensor(answer)
+        total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+        count += len(answer)
     return total / count
 
 
