@@ -23,7 +23,12 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.build import apart, peak_memory
 from benchmarks.common import medians, parser, prepare, report, side_by_side, spread
-from cephalo_lite.quantize import SequentialPhimoeForCausalLM, convert_4bit, stored_bytes
+from cephalo_lite.quantize import (
+    SequentialPhimoeForCausalLM,
+    convert_4bit,
+    guard_cpu,
+    stored_bytes,
+)
 
 TOKENS, RANK = 512, 16
 OURS, FROZEN = "ours, 4 bits + LoRA", "frozen bfloat16, no LoRA"
@@ -31,8 +36,9 @@ LIBRARY = "PEFT target_parameters on bitsandbytes' 4-bit parameters"
 RIVAL = "experts4bit-qlora, 4 bits + LoRA"
 COLUMNS = ("experts of one layer", "stored, MB", "peak over resident, MB", "forward + backward, s")
 NOTE = (
-    f"{TOKENS} tokens, top-2 of 16 experts, bfloat16 on the CPU, LoRA of rank {RANK}. Peak: bytes "
-    "that live at once beyond those before the step, as torch's allocator counts them. PEFT's "
+    f"{TOKENS} tokens, top-2 of 16 experts, LoRA of rank {RANK}, on the CPU. Memory in bfloat16: "
+    "peak is the bytes that live at once beyond those before the step, as torch's allocator counts "
+    "them. Time in bfloat16 where the CPU computes in it, else in float32. PEFT's "
     "target_parameters: one first step, as it fails at the second; – where a package is not there"
 )
 CONVERT_COLUMNS = ("checkpoint of one layer", "read, GB", "written, GB", "MB/s", "peak memory, GB")
@@ -70,24 +76,34 @@ def write_layer(folder: Path, config: PhimoeConfig) -> None:
     model.save_pretrained(folder)
 
 
-def contestants(source: Path, packed: Path) -> dict[str, nn.Module]:
+def timed_dtype() -> torch.dtype:
+    """What is computed in; a CPU without bfloat16 products would take a hundred times as long."""
+    has_products = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if has_products else torch.float32
+
+
+def contestants(source: Path, packed: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
     """Name → experts that take (hidden, chosen, weights); all compute the same function."""
-    stock = PhimoeForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    stock = PhimoeForCausalLM.from_pretrained(source, dtype=dtype)
     fused = stock.model.layers[0].mlp.experts.requires_grad_(False)
     fused.config._experts_implementation = "eager"
     loaded = SequentialPhimoeForCausalLM.from_pretrained(
-        packed, dtype=torch.bfloat16, device_map={"": "cpu"}
+        packed, dtype=dtype, device_map={"": "cpu"}
     )
+    guard_cpu(loaded)
     ours = loaded.model.layers[0].mlp.experts.requires_grad_(False)
+    for module in ours.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = dtype
     adapter = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["w1", "w2", "w3"])
     inject_adapter_in_model(adapter, ours)
-    found = {FROZEN: fused, OURS: in_bfloat16(ours)}
+    found = {FROZEN: fused, OURS: adapters_in(ours, dtype)}
     try:
         from experts4bit_qlora import Experts4bit, ExpertsLoRA
     except ImportError:
         return found
     base = Experts4bit.from_float(fused.gate_up_proj, fused.down_proj, activation=fused.act_fn)
-    return found | {RIVAL: ExpertsLoRA(base, r=RANK, alpha=RANK, dtype=torch.bfloat16)}
+    return found | {RIVAL: ExpertsLoRA(base, r=RANK, alpha=RANK, dtype=dtype)}
 
 
 def library_route(fused: PhimoeExperts) -> nn.Module:
@@ -101,28 +117,31 @@ def library_route(fused: PhimoeExperts) -> nn.Module:
     adapter = LoraConfig(
         r=RANK, target_modules=[], target_parameters=[f"experts.{name}" for name in names]
     )
-    return in_bfloat16(get_peft_model(nn.ModuleDict({"experts": fused}), adapter).base_model.model)
+    model = get_peft_model(nn.ModuleDict({"experts": fused}), adapter)
+    return adapters_in(model.base_model.model, torch.bfloat16)
 
 
-def in_bfloat16(module: nn.Module) -> nn.Module:
-    """Put the adapters in bfloat16, as TRL does."""
+def adapters_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast the adapters, as TRL does."""
     for parameter in module.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.bfloat16)
+            parameter.data = parameter.data.to(dtype)
     return module
 
 
-def step_of(experts: nn.Module, config: PhimoeConfig) -> Callable[[], torch.Tensor]:
+def step_of(
+    experts: nn.Module, config: PhimoeConfig, dtype: torch.dtype
+) -> Callable[[], torch.Tensor]:
     """A function that computes seeded tokens forward and backward, and returns the output."""
     generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(TOKENS, config.hidden_size, generator=generator).bfloat16()
+    hidden = torch.randn(TOKENS, config.hidden_size, generator=generator).to(dtype)
     scores = torch.rand(TOKENS, config.num_local_experts, generator=generator)
     weights, chosen = scores.topk(2)
 
     def step() -> torch.Tensor:
         for parameter in experts.parameters():
             parameter.grad = None
-        out = experts(hidden.clone().requires_grad_(), chosen, weights.bfloat16())
+        out = experts(hidden.clone().requires_grad_(), chosen, weights.to(dtype))
         out.sum().backward()
         return out.detach()
 
@@ -154,23 +173,26 @@ def check_same(outputs: dict[str, torch.Tensor]) -> None:
 
 def time_layer(options, source: Path, packed: Path, config: PhimoeConfig) -> None:
     """Table (a): write quantize_layer.json."""
-    modules = contestants(source, packed)
-    steps = {name: step_of(module, config) for name, module in modules.items()}
+    dtype = timed_dtype()
+    modules = contestants(source, packed, dtype)
+    steps = {name: step_of(module, config, dtype) for name, module in modules.items()}
     check_same({name: step() for name, step in steps.items()})
     seconds = side_by_side(steps, options.repetitions, 0, "one layer", options.silent)
     middle = medians(seconds)
-    rows = [
-        [name, stored_bytes(module) / 1e6, peak_over(steps[name]) / 1e6, middle[name]]
-        for name, module in modules.items()
-    ]
+    del modules, steps
+    modules = contestants(source, packed, torch.bfloat16)
+    rows = []
+    for name, module in modules.items():
+        peak = peak_over(step_of(module, config, torch.bfloat16))
+        rows.append([name, stored_bytes(module) / 1e6, peak / 1e6, middle[name]])
     if RIVAL not in modules:
         rows.append([RIVAL, None, None, None])
-    del steps
-    fused = modules.pop(FROZEN)
-    library = library_route(fused)
-    first = step_of(library["experts"], config)
-    stored, start = stored_bytes(library) / 1e6, time.perf_counter()
-    peak = peak_over(first) / 1e6
+    library = library_route(modules.pop(FROZEN))
+    stored = stored_bytes(library) / 1e6
+    peak = peak_over(step_of(library["experts"], config, torch.bfloat16)) / 1e6
+    library = library_route(contestants(source, packed, dtype)[FROZEN])["experts"]
+    start = time.perf_counter()
+    step_of(adapters_in(library, dtype), config, dtype)()
     rows.append([LIBRARY, stored, peak, time.perf_counter() - start])
     runs = {name: {"seconds": times, "spread": spread(times)} for name, times in seconds.items()}
     report("quantize_layer", options, COLUMNS, rows, runs, NOTE)

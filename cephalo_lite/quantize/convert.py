@@ -22,19 +22,16 @@ from ..moe.build.checks import check_disk_space, check_target
 from ..moe.build.files import COPIED_FILES, _copy, _write_json
 from ..moe.build.sources import resolve_folder
 from ..shards import (
-    CHUNK_BYTES,
-    DTYPE_NAMES,
     INDEX_FILE,
     SINGLE_FILE,
     TensorInfo,
     TensorReader,
-    pack_header,
     read_checkpoint,
     read_header,
     sync,
 )
 from .loading import model_kind, nf4_config, read_config
-from .packing import pack
+from .shard_file import TEMPORARY, sha256, write_shard
 from .sizes import is_packed, nf4_bytes
 
 STATE_FILE = "conversion.json"  # what is done; in the end, the report
@@ -109,16 +106,16 @@ def convert_4bit(
         tqdm(total=total, unit="B", unit_scale=True, desc="4 bits", disable=not progress) as bar,
     ):
         for file, names in plan.items():
-            if (partial / file).is_file() and done["shards"].get(file) == _sha256(partial / file):
+            if (partial / file).is_file() and done["shards"].get(file) == sha256(partial / file):
                 resumed += 1
             else:
                 part = {name: tensors[name] for name in names}
-                done["shards"][file] = _write_shard(partial / file, part, reader, device)
+                done["shards"][file] = write_shard(partial / file, part, reader, device)
                 _save(partial / STATE_FILE, done)
             bar.update(sum(tensors[name].nbytes for name in names))
     _write_side_files(partial, folder, published, list(plan))
     for file in sorted(partial.iterdir()):
-        if file.name.startswith(".writing-"):  # of runs that were killed
+        if file.name.startswith(TEMPORARY):  # of runs that were killed
             file.unlink()
         else:
             sync(file)
@@ -184,78 +181,9 @@ def _open_partial(partial: Path, fingerprint: str) -> dict:
     return done
 
 
-def _write_shard(
-    file: Path,
-    tensors: Mapping[str, TensorInfo],
-    reader: TensorReader,
-    device: str | torch.device,
-) -> str:
-    """Quantise or copy tensors into one file; it gets its name when it has been read back.
-
-    Returns:
-        Its SHA-256.
-    """
-    content: dict[str, torch.Tensor | TensorInfo] = {}
-    for name, tensor in tensors.items():
-        if is_packed(name, len(tensor.shape)):
-            stem = name.removesuffix("weight")
-            packed = pack(tensor, reader, device)
-            content |= {stem + part: value for part, value in packed.items()}
-        else:
-            content[name] = tensor
-    # Wide numbers first: each then starts at a multiple of its own size, as readers need it.
-    order = sorted(content, key=lambda name: (-_width(content[name]), name))
-    entries = [(name, *_described(content[name])) for name in order]
-    written, temporary = hashlib.sha256(), file.with_name(f".writing-{secrets.token_hex(4)}")
-    with open(temporary, "xb") as out:
-        for chunk in _chunks(pack_header(entries), [content[name] for name in order], reader):
-            written.update(chunk)
-            out.write(chunk)
-    sync(temporary)
-    if _sha256(temporary) != written.hexdigest():
-        raise OSError(f"{file.name} reads back with other bytes than were written: check the disk.")
-    os.replace(temporary, file)
-    return written.hexdigest()
-
-
-def _chunks(header: bytes, content: list[torch.Tensor | TensorInfo], reader: TensorReader):
-    yield header
-    for tensor in content:
-        if isinstance(tensor, TensorInfo):
-            for offset in range(0, tensor.nbytes, CHUNK_BYTES):
-                chunk = memoryview(bytearray(min(CHUNK_BYTES, tensor.nbytes - offset)))
-                reader.read_into(tensor, offset, chunk)
-                yield chunk
-        else:
-            yield memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-
-
-def _width(tensor: torch.Tensor | TensorInfo) -> int:
-    """Bytes per number."""
-    if isinstance(tensor, TensorInfo):
-        return tensor.nbytes // max(tensor.numel, 1)
-    return tensor.element_size()
-
-
-def _described(tensor: torch.Tensor | TensorInfo) -> tuple[str, tuple[int, ...], int]:
-    """Safetensors' dtype, shape and number of bytes."""
-    if isinstance(tensor, TensorInfo):
-        return tensor.dtype, tensor.shape, tensor.nbytes
-    names = DTYPE_NAMES | {torch.uint8: "U8"}
-    return names[tensor.dtype], tuple(tensor.shape), tensor.nbytes
-
-
-def _sha256(file: Path) -> str:
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
-    with open(file, "rb", buffering=0) as stream:
-        while count := stream.readinto(buffer):
-            digest.update(buffer[:count])
-    return digest.hexdigest()
-
-
 def _save(file: Path, done: dict) -> None:
     """Write beside and rename: whoever is killed here leaves the old state or the new one."""
-    temporary = file.with_name(f".writing-{secrets.token_hex(4)}")
+    temporary = file.with_name(f"{TEMPORARY}{secrets.token_hex(4)}")
     _write_json(temporary, done)
     os.replace(temporary, file)
 

@@ -28,6 +28,15 @@ SIZES = {
 EXPERTS = {"num_local_experts": 4, "attention_bias": True, "lm_head_bias": True}
 
 
+@pytest.fixture(scope="package", autouse=True)
+def one_thread():
+    """Tensors are tiny here: two threads would wait for each other most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def widen(model: torch.nn.Module, seed: int = 0):
     """Seeded weights, wide enough that every token matters."""
     generator = torch.Generator().manual_seed(seed)

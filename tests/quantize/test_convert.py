@@ -66,7 +66,7 @@ def test_a_few_rows_at_a_time_give_the_same_bytes(tmp_path, monkeypatch, shape):
 def test_it_goes_on_where_it_was_stopped(make_folder, tmp_path, monkeypatch):
     source, target = make_folder("phimoe", torch.bfloat16), tmp_path / "new"
     whole = run(source, tmp_path / "whole", max_shard_gb=2e-5)
-    real, calls = convert._write_shard, []
+    real, calls = convert.write_shard, []
 
     def stops(*args):
         calls.append(args)
@@ -74,7 +74,7 @@ def test_it_goes_on_where_it_was_stopped(make_folder, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(convert, "_write_shard", stops)
+    monkeypatch.setattr(convert, "write_shard", stops)
     with pytest.raises(KeyboardInterrupt):
         run(source, target, max_shard_gb=2e-5)
     partial = tmp_path / ".new.partial-4bit"
@@ -100,7 +100,7 @@ def test_a_source_that_changed_is_not_continued(make_folder, tmp_path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(convert, "_write_shard", stops)
+        patched.setattr(convert, "write_shard", stops)
         run(source, tmp_path / "new")
     weights = load_file(source / "model.safetensors")
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
