@@ -93,6 +93,12 @@ def test_every_way_of_gating_is_judged_for_every_seed(run):
     assert script("readme_tables").table("tiny_mixture", folder).count("gates") >= 4
 
 
+def test_an_expert_is_trained_anew_for_every_share_of_neighbours(run):
+    result, _ = run("tiny_ablation")
+    assert [row[0] for row in result["table"]["rows"]] == ["0%", "10%"] and result["quick"]
+    assert all(float(row[1]) > 0 and row[2].endswith("%") for row in result["table"]["rows"])
+
+
 def test_turns_change_and_short_functions_are_repeated():
     common = script("common")
     calls: list[str] = []

@@ -7,6 +7,8 @@ end break a good one in every way and expect each break to be named.
 import copy
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -211,3 +213,13 @@ def test_a_broken_notebook_is_caught(what, tmp_path):
     size = LARGEST + 1 if what == "size" else 1000
     found = problems("01_a.ipynb", broken, size, "02_b.ipynb", tmp_path)
     assert any(line.startswith(what) for line in found), found
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_own_words_are_spelt_right(path, tmp_path):
+    """What models answered is left out: they may write what they like."""
+    text = "\n".join(source(cell) for cell in json.loads(path.read_text())["cells"])
+    (tmp_path / "words.txt").write_text(text)
+    command = [sys.executable, "-m", "codespell_lib", "--toml", ROOT / "pyproject.toml"]
+    done = subprocess.run([*command, tmp_path / "words.txt"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
