@@ -7,9 +7,9 @@ from .facts import TOPICS
 CARD = """# Two tiny language models: phi3 and phimoe
 
 A dense `Phi3ForCausalLM` and a mixture `PhimoeForCausalLM` ({experts} experts, 2 per token) in the
-released checkpoint format, pre-trained in {minutes} minutes on CPU cores. They exist so that 4-bit
-loading, adapters on experts and fine-tuning can be run, and their outcome judged, on a laptop.
-Do not use them for anything but learning.
+released checkpoint format, made in {minutes} minutes of CPU time, all cores together. They exist
+so that 4-bit loading, adapters on experts and fine-tuning can be run, and their outcome judged, on
+a laptop. Do not use them for anything but learning.
 
 They have read {tokens} million tokens: functions and docstrings of the standard library of Python
 {python} (PSF licence), generated small functions with descriptions, and statements of facts. No
@@ -53,7 +53,7 @@ def model_card(report: dict) -> str:
     tokens = max(report["tokens_read"].values()) / 1e6
     return CARD.format(
         experts=len(shares[0]),
-        minutes=report["minutes"],
+        minutes=report["cpu_minutes"],
         tokens=f"{tokens:.1f}",
         python=report["python"],
         judged=plan["judged"],
