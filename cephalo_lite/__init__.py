@@ -1,4 +1,10 @@
-"""cephalo_lite: several Phi-3-Vision experts, one mixture that answers."""
+"""cephalo_lite: several Phi-3-Vision experts, one mixture that answers.
+
+Names that need more packages (training, 4 bits) are imported when they are first asked for.
+"""
+
+from importlib import import_module
+from typing import Any
 
 from . import moe, phi3v
 from .chat import Answer, Chat, Sampling, ask, stream
@@ -20,8 +26,16 @@ from .presets import Preset, preset
 phi3v.register()
 moe.register()
 
+LATER = {
+    "exporting": ("export",),
+    "finetune": ("add_adapters", "load_adapters", "merge_adapters", "save_adapters", "sft"),
+    "quantize": ("convert_4bit", "load_4bit", "memory_plan", "preflight"),
+}
+_PLACES = {name: place for place, names in LATER.items() for name in names}
+
 __version__ = "0.1.0"
 __all__ = [
+    *_PLACES,
     "Answer",
     "BuildReport",
     "Chat",
@@ -52,3 +66,13 @@ __all__ = [
     "train_gates",
     "unfreeze",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_PLACES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PLACES])

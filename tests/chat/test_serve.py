@@ -22,7 +22,7 @@ from transformers import PhimoeConfig, PhimoeForCausalLM
 
 import cephalo_lite as cl
 from cephalo_lite.chat.serve import main
-from cephalo_lite.export import export
+from cephalo_lite.exporting import export
 from cephalo_lite.quantize import load_4bit
 from cephalo_lite.tiny.text.tokenizer import make_tokenizer
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PhimoeConfig, PhimoeForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from cephalo_lite.export import export
+from cephalo_lite.exporting import export
 from cephalo_lite.finetune import (
     RECIPES,
     add_adapters,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import Phi3Config, Phi3ForCausalLM, PhimoeConfig, PhimoeForCausalLM
 
 import cephalo_lite as cl
-from cephalo_lite.export import export, gguf_command
+from cephalo_lite.exporting import export, gguf_command
 from cephalo_lite.quantize.models import SequentialPhimoeForCausalLM
 from cephalo_lite.shards import read_checkpoint
 from cephalo_lite.tiny.text.tokenizer import make_tokenizer
