@@ -23,19 +23,22 @@ class Row:
     domain: str
 
 
+def encode_turn(
+    question: str, answer: str, processor: Phi3VProcessor
+) -> tuple[list[int], list[int]]:
+    """Ids of a question and its answer, and labels of the same length that cover the answer."""
+    ask, say = processor.tokenizer(
+        [f"{question}<|end|>\n<|assistant|>\n", f"{answer}<|end|>"], add_special_tokens=False
+    )["input_ids"]
+    return ask + say, [-100] * len(ask) + say
+
+
 def prepare(samples: list[Sample], processor: Phi3VProcessor) -> list[Row]:
     """Tokenise every turn of every sample once, so that turns can be shuffled in each epoch."""
     rows, openings = [], {}
     for sample in samples:
         picture = processor.image_processor.hd_transform(sample.image)
-        turns = []
-        for turn in sample.turns:
-            text = f"{turn.question}<|end|>\n<|assistant|>\n"
-            ask = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-            say = processor.tokenizer(f"{turn.answer}<|end|>", add_special_tokens=False)[
-                "input_ids"
-            ]
-            turns.append((ask + say, [-100] * len(ask) + say))
+        turns = [encode_turn(turn.question, turn.answer, processor) for turn in sample.turns]
         if picture.size not in openings:
             text = "<|user|>\n<|image_1|>\n"
             opening = processor(images=sample.image, text=text, return_tensors=None)
@@ -55,14 +58,7 @@ def words_to_copy(samples: list[Sample], processor: Phi3VProcessor) -> list[Row]
     opening = processor.tokenizer("<|user|>\n")["input_ids"]
     rows = []
     for sample in samples:
-        turns = []
-        for turn in sample.turns:
-            text = f"Copy: {turn.answer}<|end|>\n<|assistant|>\n"
-            ask = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-            say = processor.tokenizer(f"{turn.answer}<|end|>", add_special_tokens=False)[
-                "input_ids"
-            ]
-            turns.append((ask + say, [-100] * len(ask) + say))
+        turns = [encode_turn(f"Copy: {t.answer}", t.answer, processor) for t in sample.turns]
         rows.append(Row(None, turns, opening, sample.domain))
     return rows
 
