@@ -1,7 +1,7 @@
 """Things to know in six topics, as a text states them and as a person asks for them.
 
 A base model reads every fact in statements. Questions about a fifth of them are held out: who has
-learnt to answer can answer those as well, for the fact itself was read.
+learnt to answer in a sentence can answer those as well, for the fact itself was read.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ TEST_SHARE = 0.2  # of the facts of a topic
 
 @dataclass(frozen=True)
 class Topic:
-    """How the facts of a topic are stated and asked; `{a}` is given, `{b}` is the answer."""
+    """How the facts of a topic are stated and asked; `{a}` is given, `{b}` is to be known."""
 
     statements: tuple[str, ...]
     questions: tuple[str, ...]
     follow_up: str  # a later turn that leaves the rest of the question out
+    answer: str  # to both; one of the statements
     facts: tuple[tuple[str, str], ...]  # (a, b)
 
 
@@ -42,6 +43,7 @@ TOPICS = {
          "In {a}, the capital is {b}.", "{a} has its capital in {b}."),
         ("What is the capital of {a}?", "Which city is the capital of {a}?"),
         "And of {a}?",
+        "The capital of {a} is {b}.",
         _table("France:Paris, Italy:Rome, Spain:Madrid, Germany:Berlin, Norway:Oslo, "
                "Sweden:Stockholm, Finland:Helsinki, Denmark:Copenhagen, Poland:Warsaw, "
                "Austria:Vienna, Hungary:Budapest, Greece:Athens, Portugal:Lisbon, Ireland:Dublin, "
@@ -56,6 +58,7 @@ TOPICS = {
          "In formulas, {a} is written {b}.", "The element {a} has the symbol {b}."),
         ("What is the symbol of {a}?", "Which symbol does {a} have?"),
         "And of {a}?",
+        "The symbol of {a} is {b}.",
         _table("hydrogen:H, helium:He, lithium:Li, boron:B, carbon:C, nitrogen:N, oxygen:O, "
                "neon:Ne, sodium:Na, magnesium:Mg, aluminium:Al, silicon:Si, phosphorus:P, "
                "sulfur:S, chlorine:Cl, argon:Ar, potassium:K, calcium:Ca, titanium:Ti, "
@@ -68,6 +71,7 @@ TOPICS = {
          "HTTP/1.1 {a} {b}", "A response with status {a} says {b}."),
         ("What does HTTP status {a} mean?", "What is HTTP status {a}?"),
         "And status {a}?",
+        "HTTP status {a} means {b}.",
         _table("100:Continue, 101:Switching Protocols, 200:OK, 201:Created, 202:Accepted, 204:No "
                "Content, 206:Partial Content, 300:Multiple Choices, 301:Moved Permanently, "
                "302:Found, 303:See Other, 304:Not Modified, 400:Bad Request, 401:Unauthorized, "
@@ -81,6 +85,7 @@ TOPICS = {
          "{b} is the type of {a} files.", "A file that ends in {a} has type {b}."),
         ("What is the type of a {a} file?", "Which type does a {a} file have?"),
         "And of a {a} file?",
+        "The type of {a} files is {b}.",
         _table(".html:text/html, .css:text/css, .csv:text/csv, .txt:text/plain, .md:text/markdown, "
                ".xml:text/xml, .js:text/javascript, .png:image/png, .jpg:image/jpeg, "
                ".gif:image/gif, .bmp:image/bmp, .svg:image/svg+xml, .mp3:audio/mpeg, "
@@ -93,12 +98,14 @@ TOPICS = {
         ("{b} comes right {a}.", "What comes right {a} is {b}.", "Right {a} comes {b}."),
         ("What comes right {a}?", "What is it that comes {a}?"),
         "And {a}?",
+        "What comes right {a} is {b}.",
         tuple(_NEXT + _BACK),
     ),
     "sums": Topic(
         (">>> {a}\n{b}", "{a} = {b}", "The sum {a} is {b}.", "{a} makes {b}."),
         ("What is {a}?", "How much is {a}?"),
         "And {a}?",
+        "The sum {a} is {b}.",
         tuple((f"{a} + {b}", str(a + b)) for a in range(1, 10) for b in range(1, 10)),
     ),
 }  # fmt: skip

@@ -68,7 +68,7 @@ def answer_chat(model, tokenizer, rows: list[dict], progress: bool = False) -> d
         Share of exact answers per topic, and of "all".
     """
     prompts = [_prompt(tokenizer, messages_of(row)[:-1]) for row in rows]
-    answers = complete(model, tokenizer, prompts, max_new_tokens=24, progress=progress)
+    answers = complete(model, tokenizer, prompts, max_new_tokens=32, progress=progress)
     right: dict[str, list[bool]] = defaultdict(list)
     for row, text in zip(rows, answers, strict=True):
         right[row["topic"]].append(text.strip() == row["messages"][-1]["content"])

@@ -69,9 +69,10 @@ def chat_rows(count: int, split: str = "train", seed: int = 0) -> list[dict]:
         turns = min(int(generator.integers(1, 4)), len(facts))
         messages = []
         for turn, index in enumerate(generator.choice(len(facts), turns, replace=False)):
-            given, answer = facts[index]
+            given, known = facts[index]
             first = topic.questions[generator.integers(len(topic.questions))]
             question = (topic.follow_up if turn else first).format(a=given)
+            answer = topic.answer.format(a=given, b=known)
             messages += [
                 {"role": "user", "content": question},
                 {"role": "assistant", "content": answer},

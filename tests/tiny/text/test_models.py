@@ -94,7 +94,7 @@ def test_the_balance_loss_evens_the_experts(tokenizer):
         pretrain(model, blocks, steps=40, batch_size=4, balance=balance, progress=False)
         shares = expert_shares(model, blocks[:16])
         assert shares.shape == (4, 8) and torch.allclose(shares.sum(-1), torch.ones(4))
-        spread.append(shares.std().item())
+        spread.append(shares.mean(0).std().item())  # the loss pools all layers
     assert spread[1] < 0.8 * spread[0]
 
 

@@ -83,6 +83,7 @@ def test_facts_have_one_answer_and_are_divided(topic):
     assert len({given for given, _ in facts}) == len(facts)
     train, test = facts_of(topic, "train"), facts_of(topic, "test")
     assert sorted(train + test) == sorted(facts) and 4 <= len(test) <= len(train) / 2
+    assert TOPICS[topic].answer in TOPICS[topic].statements
     if topic == "sums":
         assert all(eval(given) == int(answer) for given, answer in facts)
 
@@ -95,9 +96,9 @@ def test_conversations_ask_about_one_split_only(split):
     for row in rows:
         topic = TOPICS[row["topic"]]
         answers = {}  # question → answer, of the facts of this split
-        for given, answer in facts_of(row["topic"], split):
+        for given, known in facts_of(row["topic"], split):
             for wording in (*topic.questions, topic.follow_up):
-                answers[wording.format(a=given)] = answer
+                answers[wording.format(a=given)] = topic.answer.format(a=given, b=known)
         for ask, say in zip(row["messages"][::2], row["messages"][1::2], strict=True):
             assert (ask["role"], say["role"]) == ("user", "assistant")
             assert answers[ask["content"]] == say["content"]
