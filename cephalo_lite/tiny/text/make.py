@@ -37,12 +37,12 @@ class Plan:
     seed: int = 0
     library: int | None = None  # texts of the standard library; None is all of them
     corpus: int = 3000  # documents that the tokenizer is trained on
-    documents: int = 45_000  # to read
+    documents: int = 36_000  # to read
     block: int = 256  # tokens
     batch_size: int = 8  # blocks a step
-    steps: dict[str, int] = field(default_factory=lambda: {"phi3": 1800, "phimoe": 2400})
+    steps: dict[str, int] = field(default_factory=lambda: {"phi3": 1800, "phimoe": 1800})
     lr: float = 3e-3
-    balance: float = 0.01  # weight of the mixture's load-balance loss
+    balance: float = 0.02  # weight of the mixture's load-balance loss
     judged: int = 200  # held-out rows of each kind
 
     @classmethod

@@ -13,8 +13,7 @@ import numpy as np
 from .facts import TOPICS
 from .functions import Program, make_program
 
-SHARES = {"library": 0.12, "function": 0.4, "facts": 0.48}  # of the documents
-LISTED = 0.6  # of the texts of facts, these begin with their subjects
+SHARES = {"library": 0.12, "function": 0.43, "facts": 0.45}  # of the documents
 CHAT_SHARE = 0.15  # of the documents, these written as two turns
 NAMES = ("process", "transform", "change", "work", "handle", "apply", "convert", "run", "helper")
 
@@ -68,18 +67,14 @@ def described(program: Program, name: str, generator: np.random.Generator) -> st
 
 
 def facts_text(generator: np.random.Generator) -> str:
-    """One to six facts on one topic, each stated once or twice, often below a list of the subjects.
-
-    The list makes a reader look back for what the next sentence is about, as real texts do.
-    """
+    """Four to twelve statements on one topic, worded differently."""
     topic = TOPICS[list(TOPICS)[generator.integers(len(TOPICS))]]
-    chosen = generator.choice(len(topic.facts), generator.integers(1, 7), replace=False)
-    facts = [topic.facts[index] for index in chosen]
-    lines = [", ".join(given for given, _ in facts)] if generator.random() < LISTED else []
-    for given, known in facts:
-        count = generator.integers(1, 3)
-        for index in generator.choice(len(topic.statements), count, replace=False):
-            lines.append(topic.statements[index].format(a=given, b=known))
+    chosen = generator.choice(len(topic.facts), generator.integers(4, 13), replace=False)
+    lines = []
+    for index in chosen:
+        given, answer = topic.facts[index]
+        statement = topic.statements[generator.integers(len(topic.statements))]
+        lines.append(statement.format(a=given, b=answer))
     return "\n".join(lines)
 
 

