@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 SIZES = ("tiny", "full")
 
@@ -25,9 +26,33 @@ class Preset:
     judged_samples: int  # held-out samples per domain in accuracy tables
     answer_batch: int  # prompts answered at once
     max_new_tokens: int  # longest answer
+    text_models: dict[str, str]  # "mini" and "moe" → folder or hub id of the language models
+    text_rows: dict[str, str | None]  # "chat" and "code" → hub id of rows; None: the embedded ones
+    text_count: int  # rows that a language model is fine-tuned on
+    text_judged: int  # held-out rows that are answered before and after
+    text_training: dict[str, Any]  # numbers of the recipes that are replaced at this size
     output_dir: Path  # where checkpoints are written
     memory: str  # peak, in words, for the cost table
     machine: str  # what it is meant for
+
+    def rows(self, kind: str) -> list[dict[str, Any]]:
+        """Rows to fine-tune a language model on, in one of the forms that `sft` reads.
+
+        Args:
+            kind: "chat" or "code".
+
+        Raises:
+            KeyError: there is no such kind.
+        """
+        source = self.text_rows[kind]
+        if source is None:
+            from .tiny import text
+
+            make = {"chat": text.chat_rows, "code": text.code_rows}[kind]
+            return make(self.text_count, "train")
+        from .finetune.text_data import load_rows
+
+        return load_rows(source, self.text_count)
 
 
 def preset(size: str = "tiny") -> Preset:
@@ -42,6 +67,7 @@ def preset(size: str = "tiny") -> Preset:
     """
     if size == "tiny":
         from . import tiny
+        from .tiny import text
 
         folders = {name: str(path) for name, path in tiny.checkpoints().items()}
         return Preset(
@@ -58,6 +84,21 @@ def preset(size: str = "tiny") -> Preset:
             judged_samples=100,
             answer_batch=50,
             max_new_tokens=32,
+            text_models=dict(
+                zip(("mini", "moe"), map(str, text.checkpoints().values()), strict=True)
+            ),
+            text_rows={"chat": None, "code": None},
+            text_count=2000,
+            text_judged=80,
+            text_training={
+                "learning_rate": 5e-3,
+                "batch": 16,
+                "accumulation": 1,
+                "max_steps": 150,
+                "eval_steps": 50,
+                "optimizer": "adamw_torch",
+                "checkpointing": False,
+            },
             output_dir=Path("runs/tiny"),
             memory="1.5 GB",
             machine="two CPU cores",
@@ -81,6 +122,17 @@ def preset(size: str = "tiny") -> Preset:
             judged_samples=40,
             answer_batch=4,
             max_new_tokens=64,
+            text_models={
+                "mini": "microsoft/Phi-3.5-mini-instruct",
+                "moe": "microsoft/Phi-3.5-MoE-instruct",
+            },
+            text_rows={
+                "chat": "timdettmers/openassistant-guanaco",
+                "code": "iamtarun/python_code_instructions_18k_alpaca",
+            },
+            text_count=5000,
+            text_judged=40,
+            text_training={},
             output_dir=Path("runs/full"),
             memory="about 22 GB of GPU memory for the mixture, by arithmetic",
             machine="one GPU with 40 GB or more",

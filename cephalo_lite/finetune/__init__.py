@@ -14,7 +14,13 @@ ELSEWHERE = {
     "merging": ("MergeReport", "merge_adapters"),
     "recipes": ("RECIPES", "Recipe", "phi35_mini", "phi35_mini_code", "phi35_moe"),
     "supervised": ("SFTReport", "sft"),
-    "text_data": ("guanaco_messages", "instruction_messages", "split_rows", "tokenize_rows"),
+    "text_data": (
+        "guanaco_messages",
+        "instruction_messages",
+        "load_rows",
+        "split_rows",
+        "tokenize_rows",
+    ),
 }
 _FILES = {name: file for file, names in ELSEWHERE.items() for name in names}
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..phi3v.labels import IGNORED, answer_labels
@@ -24,6 +25,35 @@ class Tokenized:
     dataset: Dataset  # columns input_ids and labels
     cut: int  # rows longer than max_length, which lost their end
     dropped: int  # rows of which no answer was left
+
+
+def load_rows(source: str | Path, count: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of a dataset on the hub or of a JSON Lines file.
+
+    Args:
+        source: a file that ends in `.jsonl`, or the name of a dataset, whose "train" split is read.
+        count: so many rows at most, drawn with the seed; None is all, in their order.
+        seed: of the draw.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds no rows, or the rows are of no known kind (see `messages_of`).
+    """
+    if str(source).endswith(".jsonl"):
+        if not Path(source).is_file():
+            raise FileNotFoundError(
+                f"{source} does not exist: pass a JSON Lines file, a row a line."
+            )
+        rows = load_dataset("json", data_files=str(source), split="train")
+    else:
+        rows = load_dataset(str(source), split="train")
+    if count is not None and count < len(rows):
+        rows = rows.shuffle(seed).select(range(count))
+    found = rows.to_list()
+    if not found:
+        raise ValueError(f"{source} holds no rows.")
+    messages_of(found[0])
+    return found
 
 
 def split_rows(rows: Sequence, held_out: float = 0.1, seed: int = 0) -> tuple[list, list]:

@@ -176,7 +176,7 @@ def _write_weights(
         tqdm(total=total, unit="B", unit_scale=True, desc="build", disable=not progress) as bar,
         TensorReader() as reader,
         ThreadPoolExecutor(1) as verifier,
-        ThreadPoolExecutor(2) as workers,
+        ThreadPoolExecutor(3) as workers,
     ):
         for name, shard in zip(names, shards, strict=True):
             written |= write_shard(partial / name, shard, reader, workers, bar.update)

@@ -89,48 +89,62 @@ def write_shard(
 ) -> dict[str, Written]:
     """Write one safetensors file, chunk by chunk.
 
-    While a chunk is being written, `workers` hash and measure it, and the next one is read.
+    While a chunk is being written, `workers` hash it, measure it, and read the next one.
 
     Args:
         file: must not exist.
         pieces: tensors in the order of their bytes.
         reader: reads the sources.
-        workers: two threads.
+        workers: three threads.
         advance: called with the number of bytes written.
 
     Returns:
         Key to what its bytes were.
     """
-    written = {}
-    buffers = [_buffer(), _buffer()]  # one is worked on while the other is filled
-    references = [_buffer(), _buffer()] if any(piece.reference for piece in pieces) else []
+    slots = [_Slot(), _Slot()]  # one is worked on while the other is filled
+    chunks = [(p, offset) for p in pieces for offset in range(0, max(p.nbytes, 1), CHUNK_BYTES)]
+    digests = {piece.key: hashlib.sha256() for piece in pieces}
+    changes = {piece.key: Change() for piece in pieces}
+    pending: list[Future] = []
     with open(file, "xb") as out:
         out.write(pack_header((p.key, p.dtype, p.shape, p.nbytes) for p in pieces))
-        for piece in pieces:
-            digest, change = hashlib.sha256(), Change()
-            if piece.source is None:
-                digest.update(piece.data)
-                out.write(piece.data)
-                advance(piece.nbytes)
-                written[piece.key] = Written(digest.hexdigest(), change)
-                continue
-            pending: list[Future] = []
-            for number, offset in enumerate(range(0, piece.nbytes, CHUNK_BYTES)):
-                length = min(CHUNK_BYTES, piece.nbytes - offset)
-                chunk = buffers[number % 2][:length]
-                reader.read_into(piece.source, offset, chunk)
-                if piece.reference:
-                    reference = references[number % 2][:length]
-                    reader.read_into(piece.reference, offset, reference)
-                _finish(pending, change)
-                pending = [workers.submit(digest.update, chunk)]
-                if piece.reference:
-                    pending.append(workers.submit(measure, chunk, reference, piece.dtype))
-                out.write(chunk)
-                advance(length)
-            _finish(pending, change)
-            written[piece.key] = Written(digest.hexdigest(), change)
-    return written
+        coming = workers.submit(slots[0].fill, *chunks[0], reader)
+        for number, (piece, _) in enumerate(chunks):
+            chunk, reference = coming.result()
+            _finish(pending)  # the other slot is free
+            if number + 1 < len(chunks):
+                coming = workers.submit(slots[(number + 1) % 2].fill, *chunks[number + 1], reader)
+            pending = [workers.submit(digests[piece.key].update, chunk)]
+            if reference is not None:
+                change = changes[piece.key]
+                pending.append(workers.submit(_measure_into, change, chunk, reference, piece.dtype))
+            out.write(chunk)
+            advance(len(chunk))
+        _finish(pending)
+    return {key: Written(digests[key].hexdigest(), changes[key]) for key in digests}
+
+
+class _Slot:
+    """Room for a chunk, and for the same chunk of what it is measured against."""
+
+    def __init__(self) -> None:
+        self.chunk = memoryview(bytearray(CHUNK_BYTES))
+        self.reference = memoryview(bytearray(CHUNK_BYTES))
+
+    def fill(
+        self, piece: Piece, offset: int, reader: TensorReader
+    ) -> tuple[memoryview, memoryview | None]:
+        """Read a piece's bytes from `offset` on, and its reference's if it has one."""
+        if piece.source is None:
+            return memoryview(piece.data)[offset : offset + CHUNK_BYTES], None
+        length = min(CHUNK_BYTES, piece.nbytes - offset)
+        reader.read_into(piece.source, offset, self.chunk[:length])
+        if piece.reference is None:
+            return self.chunk[:length], None
+        if piece.reference == piece.source:  # the base is one of the experts
+            return self.chunk[:length], self.chunk[:length]
+        reader.read_into(piece.reference, offset, self.reference[:length])
+        return self.chunk[:length], self.reference[:length]
 
 
 def measure(values: memoryview, reference: memoryview, dtype: str) -> Change:
@@ -146,13 +160,16 @@ def measure(values: memoryview, reference: memoryview, dtype: str) -> Change:
     total = Change()
     ours = np.frombuffer(values, dtype=NUMPY_DTYPES[dtype])  # (n,)
     theirs = np.frombuffer(reference, dtype=NUMPY_DTYPES[dtype])  # (n,)
+    rooms = [np.empty(min(SLICE, len(ours)), np.float32) for _ in range(2)]
     with np.errstate(all="ignore"):  # NaN and infinity are reported, not warned of here
         for begin in range(0, len(ours), SLICE):
             a, b = ours[begin : begin + SLICE], theirs[begin : begin + SLICE]
             equal = np.array_equal(_bits(a), _bits(b))
-            b = _float32(b, dtype)
-            # Equal bits differ by zero even where they stand for NaN.
-            squared = 0.0 if equal else _squared(_float32(a, dtype) - b)
+            b = _float32(b, rooms[1][: len(b)], dtype)
+            squared = 0.0  # equal bits differ by zero even where they stand for NaN
+            if not equal:
+                a = _float32(a, rooms[0][: len(a)], dtype)
+                squared = _squared(np.subtract(a, b, out=a))
             total.add(Change(squared, _squared(b), equal))
     return total
 
@@ -184,25 +201,26 @@ def sample_change(tensor: TensorInfo, reference: TensorInfo, reader: TensorReade
     return total
 
 
-def _buffer() -> memoryview:
-    return memoryview(bytearray(CHUNK_BYTES))
+def _measure_into(change: Change, values: memoryview, reference: memoryview, dtype: str) -> None:
+    change.add(measure(values, reference, dtype))
 
 
-def _finish(pending: list[Future], change: Change) -> None:
+def _finish(pending: list[Future]) -> None:
     for future in pending:
-        result = future.result()
-        if isinstance(result, Change):
-            change.add(result)
+        future.result()
 
 
 def _bits(values: np.ndarray) -> np.ndarray:
     return values.view(f"u{values.itemsize}")
 
 
-def _float32(values: np.ndarray, dtype: str) -> np.ndarray:
+def _float32(values: np.ndarray, room: np.ndarray, dtype: str) -> np.ndarray:
+    """The values in `room`, float32."""
     if dtype == "BF16":  # the upper half of a float32
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32)
+        np.left_shift(values, 16, out=room.view(np.uint32), dtype=np.uint32)
+    else:
+        room[:] = values
+    return room
 
 
 def _squared(values: np.ndarray) -> float:
