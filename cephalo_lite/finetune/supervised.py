@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters import AdapterReport, adapter_report, add_adapters, without_rename_warnings
+from .checkpoints import checkpoints, remove_partial, step_of
 from .recipes import Recipe
 from .text_data import tokenize_rows
 from .trainer import make_trainer, release
@@ -124,7 +125,7 @@ def sft(
     report = SFTReport(
         adapters=adapter_report(model),
         steps=trainer.state.global_step,
-        resumed_at=_step(checkpoint) if checkpoint else 0,
+        resumed_at=step_of(checkpoint) if checkpoint else 0,
         eval_before=before,
         eval_after=after,
         losses=series("loss"),
@@ -142,19 +143,16 @@ def _last_checkpoint(folder: Path, recipe: Recipe, rows: int, resume: bool) -> P
     """The checkpoint to go on from; notes in the folder which training its checkpoints are of."""
     note = folder / NOTE
     this = json.dumps({"recipe": asdict(recipe), "rows": rows}, indent=2)
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=_step)
+    remove_partial(folder)
+    found = checkpoints(folder)
     if not resume:
-        for checkpoint in checkpoints:
+        for checkpoint in found:
             shutil.rmtree(checkpoint)
-    elif checkpoints and (not note.is_file() or note.read_text("utf-8") != this):
+    elif found and (not note.is_file() or note.read_text("utf-8") != this):
         raise ValueError(
             f"{folder} holds checkpoints of another recipe or of other rows: choose another "
             "output_dir, or resume=False to delete them."
         )
     folder.mkdir(parents=True, exist_ok=True)
     note.write_text(this, "utf-8")
-    return checkpoints[-1] if resume and checkpoints else None
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+    return found[-1] if resume and found else None

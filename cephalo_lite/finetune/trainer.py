@@ -14,11 +14,12 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, PrinterCallb
 from trl import SFTConfig, SFTTrainer
 
 from .adapters import without_rename_warnings
+from .checkpoints import WholeCheckpoints
 from .recipes import Recipe
 
 
-class AnswerTrainer(SFTTrainer):
-    """TRL's trainer, whose loss of held-out rows is that of their answers alone."""
+class AnswerTrainer(WholeCheckpoints, SFTTrainer):
+    """TRL's trainer with whole checkpoints, whose held-out loss is that of the answers alone."""
 
     def prediction_step(self, *args, **kwargs):
         """One batch of held-out rows; TRL would add the load-balance loss to theirs."""
