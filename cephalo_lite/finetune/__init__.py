@@ -11,17 +11,22 @@ from .groups import GROUPS, Count, FreezeReport, freeze, parameter_groups, unfre
 ELSEWHERE = {
     "adapter_files": ("load_adapters", "save_adapters"),
     "adapters": ("ADAPTABLE", "AdapterReport", "adapter_report", "add_adapters"),
+    "collator": ("AnswerCollator",),
+    "conversations": ("Conversation", "conversation_of"),
     "merging": ("MergeReport", "merge_adapters"),
-    "recipes": ("RECIPES", "Recipe", "phi35_mini", "phi35_mini_code", "phi35_moe"),
-    "supervised": ("SFTReport", "sft"),
-    "text_data": (
-        "guanaco_messages",
-        "instruction_messages",
-        "load_rows",
-        "split_rows",
-        "tokenize_rows",
+    "recipes": (
+        "RECIPES", "Recipe", "moe_adapters", "moe_full", "moe_gates", "phi35_mini",
+        "phi35_mini_code", "phi35_moe", "vision_adapters",
     ),
-}
+    "report": ("SFTReport",),
+    "router_watch": ("RouterRecord", "RouterWatch"),
+    "supervised": ("sft",),
+    "text_data": ("guanaco_messages", "instruction_messages", "load_rows", "split_rows"),
+    "tokenizing": ("BadRow", "BadRowsError", "Tokenized", "tokenize_rows"),
+    "trained_files": ("load_trained", "save_trained"),
+    "trainer": ("AnswerTrainer", "make_trainer"),
+    "unfusing": ("fuse", "unfuse"),
+}  # fmt: skip
 _FILES = {name: file for file, names in ELSEWHERE.items() for name in names}
 
 __all__ = [

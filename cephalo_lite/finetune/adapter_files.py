@@ -18,6 +18,7 @@ from torch import nn
 from .adapters import AdapterReport, attach, is_adapter, lora_config, module_of, why_not
 from .folders import new_folder
 from .groups import group_of
+from .unfusing import unfuse
 
 WEIGHTS = "adapter_model.safetensors"
 LORA = r"\.lora_[AB]\.weight$"
@@ -59,7 +60,8 @@ def load_adapters(
     """Put saved adapters on their model.
 
     Args:
-        model: what the adapters were trained on, in 4 bits or not.
+        model: what the adapters were trained on, in 4 bits or not. For adapters on fused experts it
+            is taken apart first (`unfuse`), where it is.
         folder: what `save_adapters`, PEFT or a training checkpoint wrote; adapters of 2024 too. A
             LoRA on a gate, as the old recipe made, becomes a gate of its own.
         trainable: train them further; else they are frozen and the model is in eval mode.
@@ -74,6 +76,8 @@ def load_adapters(
             plain LoRA.
     """
     saved, tensors = read_adapters(folder)
+    if any(group_of(name) == "experts" for name in tensors):
+        model = unfuse(model)
     _check_places(model, tensors)
     tensors = _gates_as_copies(model, tensors, saved)
     lora = {module_of(name) for name in tensors if ".lora_" in name}

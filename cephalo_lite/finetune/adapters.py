@@ -28,6 +28,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from .groups import GROUPS, group_of, parameter_groups
+from .unfusing import unfuse
 
 ADAPTABLE = ("vision", "projector", "attention", "experts", "mlp", "gates")
 ALIASES = {"router": "gates"}  # what the papers on Phi-3.5-MoE call them
@@ -77,8 +78,8 @@ def add_adapters(
     """Freeze a model and put adapters on groups of its matrices.
 
     Args:
-        model: a Phi-3, Phi-3.5-MoE, Phi-3-Vision or a mixture of these, in 4 bits or not. Experts
-            can be adapted where they are modules of their own: `cephalo_lite.quantize`.
+        model: a Phi-3, Phi-3.5-MoE, Phi-3-Vision or a mixture of these, in 4 bits or not. For
+            adapters on fused experts it is taken apart first (`unfuse`), where it is.
         groups: some of "attention", "experts", "mlp", "vision", "projector" and "gates" (also
             called "router").
         r: rank of the adapters.
@@ -101,6 +102,8 @@ def add_adapters(
         raise ValueError("The model has adapters already: merge them (merge_adapters) first.")
     chosen = [groups] if isinstance(groups, str) else list(groups)
     chosen = list(dict.fromkeys(ALIASES.get(group, group) for group in chosen))
+    if "experts" in chosen:
+        model = unfuse(model)
     matrices = [name for group in chosen if group != "gates" for name in _matrices(model, group)]
     gates = _matrices(model, "gates") if "gates" in chosen else []
     if not matrices:

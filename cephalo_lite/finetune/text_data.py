@@ -1,66 +1,95 @@
-"""Rows of text as chats, and chats as tokens of which only the answers are learnt."""
+"""Where rows come from, and the chat that a row of any known kind is."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
-from transformers import PreTrainedTokenizerBase
 
-from ..phi3v.labels import IGNORED, answer_labels
-
-Message = dict[str, str]  # "role" and "content"
+Message = dict[str, Any]  # "role" and "content": text, or a list of parts
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+IN_FILES = ("image", "images", "file_name", "file_names")  # fields that may hold paths of pictures
+METADATA = "metadata.jsonl"  # of a folder of pictures, as `datasets` calls it
 
 
-@dataclass(frozen=True)
-class Tokenized:
-    """Rows as a trainer reads them, and what became of the others."""
-
-    dataset: Dataset  # columns input_ids and labels
-    cut: int  # rows longer than max_length, which lost their end
-    dropped: int  # rows of which no answer was left
-
-
-def load_rows(source: str | Path, count: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows of a dataset on the hub or of a JSON Lines file.
+def load_rows(
+    source: str | Path, count: int | None = None, seed: int = 0
+) -> list[dict[str, Any]] | Dataset:
+    """Rows of a dataset on the hub, of a JSON Lines file, or of a folder of pictures.
 
     Args:
-        source: a file that ends in `.jsonl`, or the name of a dataset, whose "train" split is read.
+        source: a file that ends in `.jsonl`; a folder with a `metadata.jsonl`; or the name of a
+            dataset, whose "train" split is read. Paths of pictures in a file are relative to it.
         count: so many rows at most, drawn with the seed; None is all, in their order.
         seed: of the draw.
 
+    Returns:
+        A list; of a dataset that holds pictures a `Dataset`, which reads them when asked.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file holds no rows, or the rows are of no known kind (see `messages_of`).
+        ValueError: the file holds no rows or a line that is no JSON, or the rows are of no known
+            kind (see `messages_of`).
     """
-    if str(source).endswith(".jsonl"):
-        if not Path(source).is_file():
-            raise FileNotFoundError(
-                f"{source} does not exist: pass a JSON Lines file, a row a line."
-            )
-        rows = load_dataset("json", data_files=str(source), split="train")
+    path = Path(source).expanduser()
+    path = path / METADATA if path.is_dir() else path
+    if path.suffix == ".jsonl":
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: pass a JSON Lines file, a row a line.")
+        rows = Dataset.from_dict({"number": range(len(lines := _read_lines(path)))})
     else:
-        rows = load_dataset(str(source), split="train")
+        rows, lines = load_dataset(str(source), split="train"), None
     if count is not None and count < len(rows):
         rows = rows.shuffle(seed).select(range(count))
-    found = rows.to_list()
-    if not found:
+    if lines is not None:
+        found = [lines[number] for number in rows["number"]]
+    else:
+        found = rows if set(rows.column_names) & set(IN_FILES) else rows.to_list()
+    if not len(found):
         raise ValueError(f"{source} holds no rows.")
     messages_of(found[0])
     return found
 
 
-def split_rows(rows: Sequence, held_out: float = 0.1, seed: int = 0) -> tuple[list, list]:
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file, paths of pictures made whole."""
+    rows = []
+    for number, line in enumerate(file.read_text("utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"Line {number} of {file} is no JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"Line {number} of {file} is no row: write {{...}}, a row a line.")
+        rows.append(_placed(row, file.parent))
+    return rows
+
+
+def _placed(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A row whose relative paths start from a folder; URLs and data URIs stay as they are."""
+
+    def place(value: Any) -> Any:
+        if isinstance(value, list):
+            return [place(entry) for entry in value]
+        if isinstance(value, str) and "://" not in value and not value.startswith("data:"):
+            return str(folder / value)
+        return value
+
+    return {key: place(value) if key in IN_FILES else value for key, value in row.items()}
+
+
+def split_rows(rows: Sequence, held_out: float = 0.1, seed: int = 0) -> tuple[Any, Any]:
     """Rows to train on and rows to judge by, both in a seeded order.
 
     Args:
-        rows: two or more.
+        rows: two or more, a list or a `Dataset`; the parts are the same.
         held_out: share of the second part; each part has one row at least.
         seed: the same seed splits the same rows alike.
 
@@ -71,29 +100,40 @@ def split_rows(rows: Sequence, held_out: float = 0.1, seed: int = 0) -> tuple[li
         raise ValueError(f"{len(rows)} rows cannot be split with held_out={held_out}.")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     count = min(len(rows) - 1, max(1, round(held_out * len(rows))))
-    return [rows[i] for i in order[count:]], [rows[i] for i in order[:count]]
+
+    def take(numbers: list[int]) -> Any:
+        return rows.select(numbers) if isinstance(rows, Dataset) else [rows[i] for i in numbers]
+
+    return take(order[count:]), take(order[:count])
 
 
 def messages_of(row: Mapping[str, Any]) -> list[Message]:
     """The chat of a row of any kind that is known here.
 
     Args:
-        row: with `messages`; with `instruction`, `output` and by choice `input` (any case); or with
-            a `text` in guanaco's style.
+        row: with `messages`; with `query` (or `question`) and `answer`; with `instruction`,
+            `output` and by choice `input` (any case); or with a `text` in guanaco's style.
+            Pictures are in fields of their own; see `conversation_of`.
 
     Raises:
         ValueError: the row is of none of these kinds.
     """
-    fields = {key.lower() for key in row}
-    if "messages" in row:
+    present = {key for key, value in row.items() if value is not None}
+    if "messages" in present:
         return list(row["messages"])
-    if {"instruction", "output"} <= fields:
+    asked = "query" if "query" in present else "question"
+    if {asked, "answer"} <= present:
+        return [
+            {"role": "user", "content": row[asked]},
+            {"role": "assistant", "content": row["answer"]},
+        ]
+    if {"instruction", "output"} <= {key.lower() for key in present}:
         return instruction_messages(row)
-    if "text" in row:
+    if "text" in present:
         return guanaco_messages(row["text"])
     raise ValueError(
-        f"A row has the fields {', '.join(row)}; it needs messages, or instruction and output, or "
-        "text in guanaco's style."
+        f"A row has the fields {', '.join(row)}; it needs messages, or query and answer, or "
+        "instruction and output, or text in guanaco's style."
     )
 
 
@@ -137,45 +177,3 @@ def guanaco_messages(text: str) -> list[Message]:
     if parts[0].strip() or not any(message["role"] == "assistant" for message in messages):
         raise ValueError(f"No turns of '### Human:' and '### Assistant:' in {text[:60]!r}.")
     return messages
-
-
-def tokenize_rows(
-    rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> Tokenized:
-    """Chats as token ids and labels; of all turns the assistant's and their `<|end|>` are learnt.
-
-    Args:
-        rows: see `messages_of`.
-        tokenizer: has a chat template in Phi-3's format.
-        max_length: tokens; a longer row loses its end, and is dropped where no answer is left.
-
-    Returns:
-        The rows, with the numbers of those cut and dropped.
-
-    Raises:
-        ValueError: a row of no known kind, a tokenizer that does not write Phi-3's chats, or no row
-            with an answer.
-    """
-    if tokenizer.chat_template is None:
-        raise ValueError("The tokenizer has no chat template: take that of an instruct model.")
-    kept: dict[str, list] = {"input_ids": [], "labels": []}
-    cut = dropped = 0
-    for row in rows:
-        messages = messages_of(row)
-        ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
-        labels = answer_labels(ids, tokenizer)
-        if all(label == IGNORED for label in labels):
-            raise ValueError(
-                f"No answer was found in the row {messages}: it has no assistant's turn, or "
-                "the tokenizer's chat template is not Phi-3's (<|assistant|> ... <|end|>)."
-            )
-        cut += len(ids) > max_length
-        ids, labels = ids[:max_length], labels[:max_length]
-        if all(label == IGNORED for label in labels):
-            dropped += 1
-            continue
-        kept["input_ids"].append(ids)
-        kept["labels"].append(labels)
-    if not kept["input_ids"]:
-        raise ValueError(f"No row has an answer within max_length={max_length} tokens.")
-    return Tokenized(Dataset.from_dict(kept), cut, dropped)

@@ -3,75 +3,150 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
+import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProcessorMixin,
+    TrainerCallback,
+)
+from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
 from .adapters import without_rename_warnings
 from .checkpoints import WholeCheckpoints
+from .collator import AnswerCollator
 from .recipes import Recipe
+from .router_watch import RouterWatch, by_depth
+from .trained_files import load_trained, save_trained
+
+Judge = Callable[[PreTrainedModel], dict[str, float]]
+BALANCE, ROUTER_Z, ROUTING, JUDGED = "balance_loss", "z_loss", "routing", "judged"  # in logs
 
 
 class AnswerTrainer(WholeCheckpoints, SFTTrainer):
-    """TRL's trainer with whole checkpoints, whose held-out loss is that of the answers alone."""
+    """TRL's trainer with losses of the routers in training, and whole checkpoints of what learns.
 
-    def prediction_step(self, *args, **kwargs):
-        """One batch of held-out rows; TRL would add the load-balance loss to theirs."""
-        balanced, self.aux_loss_enabled = self.aux_loss_enabled, False
-        try:
-            return super().prediction_step(*args, **kwargs)
-        finally:
-            self.aux_loss_enabled = balanced
+    Its loss of held-out rows is that of their answers alone.
+    """
+
+    def __init__(self, *args, balance: float = 0.0, router_z: float = 0.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.balance, self.router_z = balance, router_z
+        self.watch = RouterWatch(self.model)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Loss of the answers; in training with the routers' losses, per batch."""
+        if return_outputs or not self.model.training or not self.watch.layers:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self.watch.watching():
+            loss = super().compute_loss(model, inputs, False, num_items_in_batch)
+        balance, z = self.watch.losses(inputs.get("attention_mask"))
+        # With a number of items the trainer leaves it to the loss to average over accumulation
+        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        extra = self.balance * balance + self.router_z * z
+        return loss + extra.to(loss.device) / steps
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, and in training how the routers did since the last time."""
+        seen = self.watch.read(self._sum) if self.model.training else None
+        if seen is not None:
+            logs |= {BALANCE: _mean(seen["balance"]), ROUTER_Z: _mean(seen["z"])}
+            logs |= {**by_depth(seen), ROUTING: seen}
+        super().log(logs, start_time)
+
+    def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(tensor.to(self.args.device), "sum")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Adapters or groups alone where these are trained; what an engine shards as ever."""
+        if state_dict is not None or self.is_distributed_loading_by_transformers:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save and self._in_part:
+            save_trained(self.model, output_dir or self.args.output_dir)
+        elif self.args.should_save:
+            with bars(False):
+                # PEFT would look its base up, on the hub if need be, with each checkpoint
+                options = {"save_embedding_layers": False} if self._adapts else {}
+                self.model.save_pretrained(output_dir or self.args.output_dir, **options)
+            self.processing_class.save_pretrained(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self._in_part:
+            load_trained(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    @property
+    def _adapts(self) -> bool:
+        return isinstance(self.model, PeftModel)
+
+    @property
+    def _in_part(self) -> bool:
+        """Whether groups of a model are trained, so that a checkpoint need not hold all of it."""
+        if self._adapts or self.is_distributed_loading_by_transformers:
+            return False
+        return not all(parameter.requires_grad for parameter in self.model.parameters())
 
 
 @without_rename_warnings()
 def make_trainer(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    train: datasets.Dataset,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+    train: datasets.Dataset | datasets.IterableDataset,
     held_out: datasets.Dataset,
     recipe: Recipe,
     output_dir: str | Path,
     progress: bool = True,
+    judge: Judge | None = None,
 ) -> AnswerTrainer:
     """A trainer that learns the labels of tokenized rows.
 
     Args:
-        model: has adapters.
-        tokenizer: gives the padding; stays as it is.
-        train: columns input_ids and labels.
+        model: what is trained of it requires gradients: adapters or groups.
+        tokenizer: gives the padding; stays as it is. For a model that sees, its processor.
+        train: what `tokenize_rows` made.
         held_out: the same.
         recipe: every number.
         output_dir: gets the checkpoints.
         progress: show a bar of the steps.
+        judge: see `sft`.
     """
-    name_experts(model.config)
-    gates = {n: p.dtype for n, p in model.named_parameters() if ".modules_to_save." in n}
-    with _bars_of_datasets(progress):
+    before = {n: p.dtype for n, p in model.named_parameters() if p.requires_grad}
+    routing = _router_fields(model.config)
+    callbacks = [Judged(judge)] if judge else []
+    with bars(progress):
         trainer = AnswerTrainer(
             model=model,
             args=arguments(recipe, model, output_dir),
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=copy.deepcopy(tokenizer),
-            callbacks=[StepBar()] if progress else [],
+            data_collator=AnswerCollator(tokenizer) if _sees(tokenizer) else None,
+            callbacks=[*callbacks, StepBar()] if progress else callbacks,
+            balance=recipe.balance,
+            router_z=recipe.router_z,
         )
-    for name, dtype in gates.items():  # TRL casts all that is trained on 4 bits to bfloat16
-        parameter = model.get_parameter(name)
-        parameter.data = parameter.data.to(dtype)
+    for name, value in routing.items():  # TRL writes its own into the model's configuration
+        setattr(model.config, name, value)
+    for name, dtype in before.items():  # TRL casts all that is trained on 4 bits to bfloat16
+        if ".lora_" not in name:
+            parameter = model.get_parameter(name)
+            parameter.data = parameter.data.to(dtype)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def arguments(recipe: Recipe, model: PeftModel, output_dir: str | Path) -> SFTConfig:
+def arguments(recipe: Recipe, model: PreTrainedModel, output_dir: str | Path) -> SFTConfig:
     """A recipe in the words of TRL 1.16."""
-    mixture = hasattr(model.config, "output_router_logits")
     return SFTConfig(
         output_dir=str(output_dir),
         learning_rate=recipe.learning_rate,
@@ -90,7 +165,8 @@ def arguments(recipe: Recipe, model: PeftModel, output_dir: str | Path) -> SFTCo
         packing=recipe.packing,
         eval_packing=False,
         train_sampling_strategy="group_by_length" if recipe.group_by_length else "random",
-        router_aux_loss_coef=recipe.balance if mixture else None,
+        # ours instead, in each layer: see router_watch
+        router_aux_loss_coef=0.0 if hasattr(model.config, "output_router_logits") else None,
         eval_strategy="steps",
         eval_steps=recipe.eval_steps,
         save_strategy="steps",
@@ -104,29 +180,40 @@ def arguments(recipe: Recipe, model: PeftModel, output_dir: str | Path) -> SFTCo
         use_cpu=model.device.type == "cpu",
         report_to="none",
         disable_tqdm=True,  # see StepBar
+        remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": not recipe.packing},  # tokenized and cut already
     )
 
 
-def name_experts(config: PreTrainedConfig) -> None:
-    """Let TRL find the number of experts, which Phi-3.5-MoE's configuration has by another name.
-
-    Without it the load-balance loss ends in `AttributeError: ... no attribute 'num_experts'`. The
-    alias is the class's, so that no config.json gets a new field.
-    """
-    kind = type(config)
-    if hasattr(config, "num_local_experts") and not hasattr(config, "num_experts"):
-        kind.attribute_map = {**kind.attribute_map, "num_experts": "num_local_experts"}
-
-
 @without_rename_warnings()
-def release(model: PeftModel) -> None:
+def release(model: PreTrainedModel | PeftModel) -> None:
     """Take off what the trainer has put on a model, so that it answers as before; eval mode."""
     model.eval()
-    base = model.get_base_model()
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     base.gradient_checkpointing_disable()
     base.disable_input_require_grads()
     base.__dict__.pop("forward", None)  # TRL's, whose head computes the loss as well
+
+
+class Judged(TrainerCallback):
+    """Asks the judge at every evaluation but the last, after which the model is done anyway."""
+
+    def __init__(self, judge: Judge):
+        self.judge = judge
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):  # noqa: D102
+        if 0 < state.global_step < state.max_steps:
+            told = {"step": state.global_step, JUDGED: ask_judge(self.judge, model)}
+            state.log_history.append(told)  # and so in the checkpoint
+
+
+def ask_judge(judge: Judge, model: PreTrainedModel | PeftModel) -> dict[str, float]:
+    """The judge's numbers; the training's random numbers and the model's mode stay as they are."""
+    training = model.training
+    with torch.random.fork_rng(), torch.no_grad():
+        told = judge(model.eval())
+    model.train(training)
+    return {name: float(value) for name, value in told.items()}
 
 
 class StepBar(TrainerCallback):
@@ -149,13 +236,30 @@ class StepBar(TrainerCallback):
         self.bar.close()
 
 
+def _sees(reader: PreTrainedTokenizerBase | ProcessorMixin) -> bool:
+    return isinstance(reader, ProcessorMixin)
+
+
+def _router_fields(config) -> dict[str, object]:
+    names = ("output_router_logits", "router_aux_loss_coef")
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
 @contextmanager
-def _bars_of_datasets(shown: bool) -> Iterator[None]:
-    before = datasets.are_progress_bars_disabled()
+def bars(shown: bool) -> Iterator[None]:
+    """Within this context the bars of `datasets` and transformers are shown, or not."""
+    before = (datasets.are_progress_bars_disabled(), transformers_logging.is_progress_bar_enabled())
     if not shown:
         datasets.disable_progress_bars()
+        transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        if not before:
+        if not before[0]:
             datasets.enable_progress_bars()
+        if before[1]:
+            transformers_logging.enable_progress_bar()

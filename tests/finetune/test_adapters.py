@@ -8,6 +8,7 @@ from transformers import PhimoeForCausalLM
 from cephalo_lite.finetune import add_adapters, parameter_groups
 from cephalo_lite.finetune.adapters import is_adapter
 from cephalo_lite.finetune.merging import random_probe
+from cephalo_lite.quantize import SequentialPhimoeForCausalLM
 
 D, F, KV, R = 32, 16, 16, 4  # hidden, an expert's inner width, keys and values, rank
 
@@ -97,14 +98,15 @@ def test_a_group_without_a_match_is_an_error_and_changes_nothing(make_dense, mak
         add_adapters(add_adapters(dense, "attention")[0], "mlp")
 
 
-def test_fused_experts_are_an_error_with_the_way_out(phimoe_config):
+def test_fused_experts_are_taken_apart(phimoe_config):
     """PEFT on the stock class drops the recipe's w1, w2, w3 without a word."""
     stock = PhimoeForCausalLM(phimoe_config())
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3"]
     old = peft.get_peft_model(stock, peft.LoraConfig(r=R, target_modules=names))
     assert not any("experts" in name for name in trained(old))
-    with pytest.raises(ValueError, match="fused tensors, .*cephalo_lite.quantize"):
-        add_adapters(PhimoeForCausalLM(phimoe_config()))
+    model, report = add_adapters(PhimoeForCausalLM(phimoe_config()), r=R)
+    assert report.groups["experts"].modules == 2 * 4 * 3
+    assert type(model.get_base_model()) is SequentialPhimoeForCausalLM
 
 
 def test_the_same_seed_makes_the_same_adapters(make_dense):

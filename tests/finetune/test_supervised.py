@@ -73,8 +73,8 @@ def loss_by_hand(model, rows, tokenizer) -> float:
 
 
 def test_the_recipes_numbers():
-    assert set(RECIPES) == {"phi35_moe", "phi35_mini", "phi35_mini_code"}
-    for recipe in RECIPES.values():
+    assert {"phi35_moe", "phi35_mini", "phi35_mini_code"} <= set(RECIPES)
+    for recipe in (phi35_moe, phi35_mini, phi35_mini_code):
         assert (recipe.r, recipe.alpha, recipe.dropout) == (16, 16, 0.05)
         assert (recipe.learning_rate, recipe.schedule, recipe.warmup) == (1e-4, "linear", 0.1)
         assert (recipe.optimizer, recipe.max_length) == ("paged_adamw_8bit", 512)
@@ -139,7 +139,9 @@ def test_training_goes_on_where_it_stopped(make_dense, run, tmp_path):
 def test_the_mixture_learns_with_and_without_the_balance_loss(make_moe, run, tokenizer):
     model, report = run(make_moe(), short(phi35_moe, max_steps=8, eval_steps=8))
     assert report.adapters.groups.keys() == {"attention", "experts"}
-    assert report.losses[-1][1] < 0.85 * report.losses[0][1] and not report.balance_losses
+    assert report.losses[-1][1] < 0.85 * report.losses[0][1]
+    free = report.balance_losses  # measured also where they have no weight
+    assert len(free) == 8
     changed = {n for n, p in model.named_parameters() if ".lora_B" in n and p.abs().sum() > 0}
     assert any(".w1." in name for name in changed) and any(".w2." in name for name in changed)
     groups = ("attention", "router")
@@ -155,7 +157,7 @@ def test_the_mixture_learns_with_and_without_the_balance_loss(make_moe, run, tok
 
 
 def test_trl_alone_fails_on_the_balance_loss(make_moe, tokenizer, tmp_path, monkeypatch):
-    """Why `name_experts`: TRL asks Phi-3.5-MoE's configuration for a field by another name."""
+    """Why the routers' losses are ours: TRL asks Phi-3.5-MoE for a field by another name."""
     names = {n: v for n, v in PhimoeConfig.attribute_map.items() if n != "num_experts"}
     monkeypatch.setattr(PhimoeConfig, "attribute_map", names)
     model, _ = add_adapters(make_moe(), "attention", r=2)
