@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "safetensors", "numpy")
+PACKAGES = ("torch", "transformers", "safetensors", "numpy", "bitsandbytes", "peft", "trl")
 
 
 def machine() -> dict[str, Any]:

@@ -43,12 +43,13 @@ def test_commands_are_known_to_make(target):
         assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0, module
 
 
-def test_snippet_runs(tmp_path):
+@pytest.mark.parametrize("heading", ["Use it in your code", "Fine-tune Phi-3.5 in 4 bits"])
+def test_snippet_runs(heading, tmp_path):
     """The snippet as it stands, in a new process and an empty folder."""
-    (snippet,) = code_blocks("Use it in your code", "python")
+    (snippet,) = code_blocks(heading, "python")
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", snippet]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.strip().splitlines()) >= 2, "an answer and the experts' shares"
+    assert len(done.stdout.strip().splitlines()) >= 2, "the snippet shows something"
