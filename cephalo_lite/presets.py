@@ -88,14 +88,14 @@ def preset(size: str = "tiny") -> Preset:
                 zip(("mini", "moe"), map(str, text.checkpoints().values()), strict=True)
             ),
             text_rows={"chat": None, "code": None},
-            text_count=2000,
+            text_count=1200,
             text_judged=80,
             text_training={
                 "learning_rate": 5e-3,
-                "batch": 16,
+                "batch": 12,
                 "accumulation": 1,
-                "max_steps": 150,
-                "eval_steps": 50,
+                "max_steps": 120,
+                "eval_steps": 40,
                 "optimizer": "adamw_torch",
                 "checkpointing": False,
             },
