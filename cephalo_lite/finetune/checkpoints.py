@@ -28,7 +28,7 @@ class WholeCheckpoints:
     """Mix-in before `transformers.Trainer` or a subclass: exact resumption from whole checkpoints.
 
     Example:
-        >>> class MyTrainer(WholeCheckpoints, Trainer):  # doctest: +SKIP
+        >>> class MyTrainer(WholeCheckpoints, SeededOrder, Trainer):  # doctest: +SKIP
         ...     pass
     """
 

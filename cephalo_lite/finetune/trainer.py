@@ -24,15 +24,17 @@ from trl import SFTConfig, SFTTrainer
 from .adapters import without_rename_warnings
 from .checkpoints import WholeCheckpoints
 from .collator import AnswerCollator
+from .distributed import TrainsTogether
 from .recipes import Recipe
 from .router_watch import RouterWatch, by_depth
+from .sampling import SeededOrder
 from .trained_files import load_trained, save_trained
 
 Judge = Callable[[PreTrainedModel], dict[str, float]]
 BALANCE, ROUTER_Z, ROUTING, JUDGED = "balance_loss", "z_loss", "routing", "judged"  # in logs
 
 
-class AnswerTrainer(WholeCheckpoints, SFTTrainer):
+class AnswerTrainer(WholeCheckpoints, SeededOrder, TrainsTogether, SFTTrainer):
     """TRL's trainer with losses of the routers in training, and whole checkpoints of what learns.
 
     Its loss of held-out rows is that of their answers alone.

@@ -34,6 +34,11 @@ class Phi3VMoeConfig(Phi3VConfig):
         "num_experts": "num_expert_models",
         "num_local_experts": "num_expert_models",
     }
+    base_model_ep_plan = {  # transformers' words for: each process has whole experts of its own
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
 
     k: int = 1
     num_expert_models: int = 2
