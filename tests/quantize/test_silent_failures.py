@@ -145,3 +145,11 @@ def test_the_library_route_drifts_and_does_not_merge(parametrised, load, adapt, 
         warnings.simplefilter("ignore")  # PEFT warns that merging into 4 bits rounds
         weight = ours.merge_and_unload().model.layers[0].mlp.experts[0].w1.weight
     assert not weight.data.equal(before.data)
+
+
+def test_the_library_route_cannot_be_saved(parametrised, load, tmp_path):
+    merged = parametrised.eval().merge_and_unload()
+    with pytest.raises((ValueError, NotImplementedError)):
+        merged.save_pretrained(tmp_path / "stock")
+    load().save_pretrained(tmp_path / "ours")
+    assert (tmp_path / "ours" / "model.safetensors").is_file()
