@@ -19,7 +19,7 @@ from ..phi3v.checkpoints import StrictLoading
 from .cpu_guard import guard_cpu
 from .models import SequentialPhi3VMoeForCausalLM, SequentialPhimoeForCausalLM
 from .preflight import check_weights
-from .sizes import SKIPPED
+from .sizes import SKIPPED, is_4bit
 
 CLASSES: dict[str, type[PreTrainedModel]] = {  # model type → the class that is quantised
     "phi3": Phi3ForCausalLM,
@@ -93,6 +93,9 @@ def load_4bit(
     problems = StrictLoading._loading_problems(info)
     if problems:
         raise ValueError(f"{folder} does not fit {model_class.__name__}: {problems}")
+    for parameter in model.parameters():  # of a converted folder they come as they were stored
+        if parameter.is_floating_point() and not is_4bit(parameter):
+            parameter.data = parameter.data.to(dtype)
     if kind in VISION:
         _prepare(model, reader)
     guard_cpu(model)

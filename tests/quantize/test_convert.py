@@ -48,6 +48,21 @@ def test_it_equals_what_a_loaded_model_saves(make_folder, tmp_path, text_ids, ki
         torch.testing.assert_close(again(text_ids).logits, model(text_ids).logits)
 
 
+@pytest.mark.parametrize("kind", ["phi3", "phimoe"])
+def test_what_is_stored_in_half_precision_is_computed_with_in_the_dtype_asked_for(
+    make_folder, tmp_path, text_ids, kind
+):
+    source = make_folder(kind, torch.bfloat16)
+    run(source, tmp_path / "new")
+    (one, _), (two, _) = (
+        load_4bit(folder, dtype=torch.float32, device="cpu", progress=False)
+        for folder in (source, tmp_path / "new")
+    )
+    assert {p.dtype for p in two.parameters()} == {torch.uint8, torch.float32}
+    with torch.no_grad():
+        torch.testing.assert_close(two(text_ids).logits, one(text_ids).logits)
+
+
 @pytest.mark.parametrize("shape", [(257, 64), (96, 48), (33, 10), (128, 200)])
 def test_a_few_rows_at_a_time_give_the_same_bytes(tmp_path, monkeypatch, shape):
     from bitsandbytes.functional import quantize_4bit
