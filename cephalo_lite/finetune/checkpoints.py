@@ -70,8 +70,18 @@ class WholeCheckpoints:
         os.rename(written, target)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        """Read weights as `from_pretrained` does, and keep the dtype of each parameter."""
+        """Read weights as `from_pretrained` does, and keep the dtype of each parameter.
+
+        Raises:
+            ValueError: the model is spread over processes, and its optimizer was not saved.
+        """
         model = self.model if model is None else model
+        if self.is_distributed_loading_by_transformers:
+            raise ValueError(
+                f"{resume_from_checkpoint} has the weights of a model that was spread over "
+                "processes, and not the optimizer: load the weights from there (load_sharded), "
+                "and train in another output_dir."
+            )
         if isinstance(model, PeftModel):
             dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
             super()._load_from_checkpoint(resume_from_checkpoint, model)

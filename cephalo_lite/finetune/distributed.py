@@ -4,7 +4,7 @@ What was seen of transformers 5.23, accelerate 1.14 and two processes on a CPU, 
 
 - `torchrun` without `use_cpu=True` makes two trainings, each of rank 0 of 1, in one folder;
 - `evaluate()` before `train()` makes accelerate take the model for wrapped, and no process learns
-  of the others' gradients;
+  of the others' gradients; of a sharded model the optimizer holds copies, see `scatter`;
 - FSDP as accelerate offers it becomes DDP, so every process holds all of the model.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DistributedConfig, PreTrainedModel
@@ -37,7 +38,9 @@ class TrainsTogether:
         check_processes(self.args.world_size)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        self.model.__dict__.pop("_is_accelerate_prepared", None)  # an evaluation leaves it
+        # What an evaluation leaves behind: see above
+        self.model.__dict__.pop("_is_accelerate_prepared", None)
+        scatter(self.model)
         model, loader = super()._prepare_for_training(
             max_steps, train_dataloader, resume_from_checkpoint
         )
@@ -147,7 +150,8 @@ def load_sharded(
 
 
 def sharding(model: nn.Module) -> Sharding:
-    """How much of a model's parameters is in this process."""
+    """How much of a model's parameters is in this process between two steps."""
+    scatter(model)
     whole = mine = 0
     for parameter in model.parameters():
         whole += parameter.numel() * parameter.element_size()
@@ -155,6 +159,22 @@ def sharding(model: nn.Module) -> Sharding:
         mine += local.numel() * local.element_size()
     together = torch.distributed.is_initialized()
     return Sharding(torch.distributed.get_world_size() if together else 1, whole, mine)
+
+
+def scatter(model: nn.Module) -> None:
+    """Let go of what a forward pass without a backward pass has left gathered of a model.
+
+    FSDP2 keeps the head, the last norm and the vision tower whole after an evaluation. An optimizer
+    that is made then holds these copies, and those parts of the model never learn.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model, with adapters or not, came from `load_sharded`."""
+    return getattr(model, "is_distributed_loading_by_transformers", False)
 
 
 def use_in_every_process(model: PreTrainedModel) -> None:
@@ -170,8 +190,12 @@ def use_in_every_process(model: PreTrainedModel) -> None:
     if seeing is None:
         return
 
+    tower = seeing.img_processor
+    unused = (tower.encoder.layers[-1], tower.post_layernorm)  # by pictures as well
+
     def touch(module, args, embedded: torch.Tensor) -> torch.Tensor:
-        learnt = [p for p in seeing.parameters() if p.requires_grad]
+        skipped = {p for part in unused for p in part.parameters()}
+        learnt = [p for p in seeing.parameters() if p.requires_grad and p not in skipped]
         if not (torch.is_grad_enabled() and learnt):
             return embedded
         return embedded + 0 * sum(p.flatten()[0] for p in learnt).to(embedded.dtype)

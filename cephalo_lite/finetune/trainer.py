@@ -24,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 from .adapters import without_rename_warnings
 from .checkpoints import WholeCheckpoints
 from .collator import AnswerCollator
-from .distributed import TrainsTogether
+from .distributed import TrainsTogether, is_sharded
 from .recipes import Recipe
 from .router_watch import RouterWatch, by_depth
 from .sampling import SeededOrder
@@ -174,6 +174,7 @@ def arguments(recipe: Recipe, model: PreTrainedModel, output_dir: str | Path) ->
         save_strategy="steps",
         save_steps=recipe.eval_steps,
         save_total_limit=2,
+        save_only_model=is_sharded(model),  # transformers cannot save its optimizer
         logging_strategy="steps",
         logging_steps=1,
         seed=recipe.seed,

@@ -45,6 +45,6 @@ def test_a_killed_run_goes_on_exactly(name, start, tmp_path):
     killed = start(**orders, out=str(tmp_path / "killed"), die_at=batch)
     assert set(killed.codes) == {-9} and not killed.said, killed.log
     again = start(**orders, out=str(tmp_path / "killed"))
-    print(whole.codes, whole.log[-3000:], [ (s["losses"], s["difference"]) for s in whole.said])
+    print(whole.codes, whole.log[-3000:], [(s["losses"], s["difference"]) for s in whole.said])
     assert_same(whole, again)
     assert (whole.said[0]["resumed_at"], again.said[0]["resumed_at"]) == (0, 3)

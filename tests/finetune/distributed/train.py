@@ -95,7 +95,9 @@ def main() -> None:
             break_off(ORDERS[break_off.__name__])
     model, tokenizer, rows = prepare(ORDERS["kind"], Path(ORDERS["models"]))
     recipe = replace(RECIPES[ORDERS["recipe"]], **SHORT | ORDERS.get("numbers", {}))
-    trained, report = sft(model, tokenizer, rows[:8], rows[8:], recipe, ORDERS["out"], progress=False)
+    trained, report = sft(
+        model, tokenizer, rows[:8], rows[8:], recipe, ORDERS["out"], progress=False
+    )
     together = torch.distributed.is_initialized()
     spread = sharding(trained)
     said = {

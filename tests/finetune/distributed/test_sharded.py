@@ -1,0 +1,34 @@
+"""Two processes, by DDP, FSDP2, and FSDP2 with experts apart, learn what one learns."""
+
+import pytest
+import torch
+
+STEPS = {
+    "accumulation": 1, "dropout": 0.0, "max_steps": 4, "optimizer": "sgd", "balance": 0.0,
+    "router_z": 0.0, "group_by_length": False, "learning_rate": 0.05, "warmup": 0.0,
+}  # fmt: skip
+ENGINES = {"ddp": None, "fsdp": {}, "experts": {"ep_size": 2}}
+
+
+@pytest.fixture(scope="module")
+def alone(start, tmp_path_factory):
+    """One process, batches of four: what two with batches of two each see together."""
+    ended = start(kind="mixture", recipe="moe_full", numbers=STEPS | {"batch": 4},
+                  out=str(tmp_path_factory.mktemp("alone")))  # fmt: skip
+    assert ended.codes == [0], ended.log
+    return ended
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_learn_what_one_does(engine, start, alone, tmp_path):
+    sharded = {} if ENGINES[engine] is None else {"sharded": ENGINES[engine]}
+    pair = start(2, kind="mixture", recipe="moe_full", numbers=STEPS, out=str(tmp_path), **sharded)
+    assert pair.codes == [0, 0], pair.log
+    for said, weights in zip(pair.said, pair.weights, strict=True):
+        assert said["processes"] == 2 and said["difference"] == 0
+        assert said["share"] == pytest.approx(0.5 if sharded else 1, abs=0.01)
+        for key in ("losses", "eval_losses"):
+            assert said[key] == pytest.approx(alone.said[0][key], rel=1e-5)
+        assert weights.keys() == alone.weights[0].keys()
+        for name, tensor in weights.items():
+            torch.testing.assert_close(tensor, alone.weights[0][name], rtol=1e-4, atol=1e-6)
