@@ -31,28 +31,37 @@ class Preset:
     text_count: int  # rows that a language model is fine-tuned on
     text_judged: int  # held-out rows that are answered before and after
     text_training: dict[str, Any]  # numbers of the recipes that are replaced at this size
+    picture_rows: str | None  # hub id of rows with pictures; None: the embedded charts
+    picture_count: int  # rows with pictures that the mixture is fine-tuned on
+    picture_old: int  # rows of each of the experts' domains that are mixed in
+    picture_training: dict[str, Any]  # numbers of the recipes that are replaced at this size
     output_dir: Path  # where checkpoints are written
     memory: str  # peak, in words, for the cost table
     machine: str  # what it is meant for
 
     def rows(self, kind: str) -> list[dict[str, Any]]:
-        """Rows to fine-tune a language model on, in one of the forms that `sft` reads.
+        """Rows to fine-tune on, in one of the forms that `sft` reads.
 
         Args:
-            kind: "chat" or "code".
+            kind: "chat" or "code" for language models, "pictures" for those that see.
 
         Raises:
             KeyError: there is no such kind.
         """
-        source = self.text_rows[kind]
-        if source is None:
-            from .tiny import text
+        sources = {**self.text_rows, "pictures": self.picture_rows}
+        count = self.picture_count if kind == "pictures" else self.text_count
+        if sources[kind] is not None:
+            from .finetune.text_data import load_rows
 
-            make = {"chat": text.chat_rows, "code": text.code_rows}[kind]
-            return make(self.text_count, "train")
-        from .finetune.text_data import load_rows
+            return load_rows(sources[kind], count)
+        if kind == "pictures":
+            from .tiny import make_samples
 
-        return load_rows(source, self.text_count)
+            samples = make_samples("charts", count, "train")
+            return [{"messages": s.messages(), "images": [s.image]} for s in samples]
+        from .tiny import text
+
+        return {"chat": text.chat_rows, "code": text.code_rows}[kind](count, "train")
 
 
 def preset(size: str = "tiny") -> Preset:
@@ -99,6 +108,18 @@ def preset(size: str = "tiny") -> Preset:
                 "optimizer": "adamw_torch",
                 "checkpointing": False,
             },
+            picture_rows=None,
+            picture_count=900,
+            picture_old=100,
+            picture_training={
+                "learning_rate": 2e-3,
+                "batch": 12,
+                "accumulation": 1,
+                "max_steps": 120,
+                "eval_steps": 40,
+                "optimizer": "adamw_torch",
+                "checkpointing": False,
+            },
             output_dir=Path("runs/tiny"),
             memory="1.5 GB",
             machine="two CPU cores",
@@ -133,6 +154,10 @@ def preset(size: str = "tiny") -> Preset:
             text_count=5000,
             text_judged=40,
             text_training={},
+            picture_rows="lamm-mit/Cephalo-Wikipedia-Materials",
+            picture_count=2000,
+            picture_old=200,
+            picture_training={"max_steps": 300, "eval_steps": 100},
             output_dir=Path("runs/full"),
             memory="about 22 GB of GPU memory for the mixture, by arithmetic",
             machine="one GPU with 40 GB or more",

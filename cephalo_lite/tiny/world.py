@@ -19,7 +19,8 @@ import numpy as np
 if TYPE_CHECKING:
     import PIL.Image
 
-DOMAINS = ("materials", "general", "latex")
+DOMAINS = ("materials", "general", "latex")  # of the experts
+UNSEEN = ("charts",)  # no model of the tiny family was trained on it
 SPLITS = ("train", "test")
 KNOWLEDGE = ("all", "base", "held_back")
 SEED_STRIDE = 1_000_000  # make_samples(seed=s) uses the sample seeds s * SEED_STRIDE + 0, 1, ...
@@ -31,14 +32,14 @@ class Turn:
 
     question: str
     answer: str
-    kind: str  # structure, fraction, description, digit, place, colour, count, photograph, formula
+    kind: str  # structure, fraction, description, digit, place, ...
 
 
 @dataclass(frozen=True)
 class Sample:
     """One picture with its questions and answers."""
 
-    domain: str  # one of DOMAINS
+    domain: str  # one of DOMAINS or UNSEEN
     image: PIL.Image.Image  # RGB; 112x112, or 224x56 (width x height) for latex
     turns: tuple[Turn, ...]  # one to three
     held_back: bool  # whether the answers need knowledge that the base was never shown
@@ -77,7 +78,7 @@ def make_sample(domain: str, split: str = "train", seed: int = 0, knowledge: str
     """Makes one picture with its questions and answers; the same arguments give the same sample.
 
     Args:
-        domain: "materials", "general" or "latex".
+        domain: "materials", "general" or "latex"; or "charts", which no tiny model has seen.
         split: "train" or "test".
         seed: any integer.
         knowledge: "base" (nothing held back), "held_back" (only samples that need held-back
@@ -89,12 +90,13 @@ def make_sample(domain: str, split: str = "train", seed: int = 0, knowledge: str
     Raises:
         ValueError: unknown domain, split or knowledge.
     """
-    _check("domain", domain, DOMAINS)
+    _check("domain", domain, DOMAINS + UNSEEN)
     _check("split", split, SPLITS)
     _check("knowledge", knowledge, KNOWLEDGE)
-    from . import formulas, general, materials
+    from . import charts, formulas, general, materials
 
-    draw = {"materials": materials.draw, "general": general.draw, "latex": formulas.draw}[domain]
+    makers = {"materials": materials, "general": general, "latex": formulas, "charts": charts}
+    draw = makers[domain].draw
     rng = _generator(domain, split, knowledge, int(seed))
     held_back = rng.random() < 0.5 if knowledge == "all" else knowledge == "held_back"
     image, turns = draw(rng, split, held_back)
@@ -113,7 +115,7 @@ def make_samples(
     """Makes several samples; different seeds share none.
 
     Args:
-        domain: "materials", "general" or "latex".
+        domain: as in `make_sample`.
         count: number of samples, at most 1,000,000.
         split: "train" or "test".
         seed: any integer.
