@@ -136,8 +136,8 @@ def _restore(model: nn.Module, folder: str | Path) -> None:
 def _what_to_do(target: Path, error: Exception) -> str:
     others = [path.name for path in checkpoints(target.parent) if path != target]
     good = f"{others[-1]} is whole, and a resumed run goes on from it" if others else "None is left"
-    free = shutil.disk_usage(target.parent).free
+    free = shutil.disk_usage(target.parent).free / 1e9
     return (
-        f"{target} could not be written ({type(error).__name__}: {error}). {free / 1e9:.3f} GB are "
-        f"free there: make room. {good}."
+        f"{target} could not be written ({type(error).__name__}: {error}). {free:.3f} GB are free "
+        f"there: if that is too little, make room. {good}."
     )

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -99,7 +100,8 @@ def sft(
                        len(train.bad), len(held_out.bad))  # fmt: skip
     streamed = isinstance(train.dataset, IterableDataset)
     rows = None if streamed else len(train.dataset)
-    checkpoint = _last_checkpoint(Path(output_dir), recipe, rows, resume)
+    with PartialState(cpu=model.device.type == "cpu").main_process_first():
+        checkpoint = _last_checkpoint(Path(output_dir), recipe, rows, resume)
     model = _prepare(model, recipe)
     before = ask_judge(judge, model) if judge else {}
     try:
@@ -224,6 +226,7 @@ def _last_checkpoint(folder: Path, recipe: Recipe, rows: int | None, resume: boo
             f"{folder} holds checkpoints of another recipe or of other rows: choose another "
             "output_dir, or resume=False to delete them."
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(this, "utf-8")
+    if not note.is_file() or note.read_text("utf-8") != this:
+        folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(this, "utf-8")
     return found[-1] if resume and found else None

@@ -7,6 +7,7 @@ Orders come as the global `ORDERS` or, in JSON, as the first argument.
 
 import json
 import os
+import resource
 import signal
 import sys
 from dataclasses import replace
@@ -25,7 +26,7 @@ from transformers import AutoTokenizer, Phi3ForCausalLM, Trainer
 
 from cephalo_lite import load
 from cephalo_lite.finetune import RECIPES, sft
-from cephalo_lite.finetune.distributed import difference, load_sharded, sharding
+from cephalo_lite.finetune.distributed import TrainsTogether, difference, load_sharded, sharding
 from cephalo_lite.quantize import load_4bit
 
 COLOURS = ("red", "blue", "green", "pink", "grey", "gold", "teal", "plum", "orange", "navy")
@@ -87,10 +88,17 @@ def die_while_saving(checkpoint: int) -> None:
     torch.save = torch_save
 
 
+def fill_disk(largest: int) -> None:
+    """No file of this process may be larger than so many bytes, as if the disk were full then."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+
+
 def main() -> None:
     """Train, and report losses, weights and what this process holds."""
     torch.set_num_threads(1)
-    for break_off in (die_at, die_while_saving):
+    if ORDERS.get("unchecked"):  # as transformers' trainer does it
+        del TrainsTogether._prepare_for_training
+    for break_off in (die_at, die_while_saving, fill_disk):
         if break_off.__name__ in ORDERS:
             break_off(ORDERS[break_off.__name__])
     model, tokenizer, rows = prepare(ORDERS["kind"], Path(ORDERS["models"]))
