@@ -60,7 +60,7 @@ PICTURES = {  # a picture of 16 crops is up to 2,509 tokens
     "batch": 1, "accumulation": 4, "max_length": 4096, "group_by_length": True,
     "weight_decay": 0.01, "balance": 0.01, "router_z": 0.001,
 }  # fmt: skip
-moe_gates = Recipe(whole=("gates",), **PICTURES)
+moe_gates = Recipe(whole=("gates",), **PICTURES | {"learning_rate": 5e-4})
 moe_adapters = Recipe(groups=("attention", "experts", "gates"), **PICTURES)
 moe_full = Recipe(whole=("all",), **PICTURES | {"learning_rate": 1e-5})
 vision_adapters = Recipe(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from datasets import Dataset, Features, Image, IterableDataset, Value
+from datasets import Dataset, Features, IterableDataset, Value
 from datasets import List as ListOf
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -95,7 +95,7 @@ def tokenize_rows(
         raise ValueError("The tokenizer has no chat template: take that of an instruct model.")
     if isinstance(rows, IterableDataset):
         return _streamed(rows, tokenizer, max_length, skip_bad)
-    rows = _undecoded(rows) if isinstance(rows, Dataset) else list(rows)
+    rows = rows if isinstance(rows, Dataset) else list(rows)
     result, kept, numbers = Tokenized(Dataset.from_dict({})), [], []
     bar = tqdm(range(len(rows)), desc="reading rows", disable=not progress, leave=False)
     for number in bar:
@@ -174,7 +174,8 @@ def _take(rows, number: int, reader: Reader, max_length: int, result: Tokenized)
     try:
         row = encode(conversation_of(rows[number]), reader, max_length)
     except Exception as error:  # decoders of damaged pictures raise almost anything
-        result.bad.append(BadRow(number, str(error)))
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        result.bad.append(BadRow(number, f"{kind}{error}"))
         return None
     result.cut += row.cut
     if all(label == IGNORED for label in row.labels):
@@ -186,16 +187,6 @@ def _take(rows, number: int, reader: Reader, max_length: int, result: Tokenized)
 def _with(result: Tokenized, dataset: Dataset | IterableDataset) -> Tokenized:
     result.dataset = dataset
     return result
-
-
-def _undecoded(rows: Dataset) -> Dataset:
-    """The same rows, pictures as bytes or paths: an error in one is then its row's."""
-    for name, feature in rows.features.items():
-        if isinstance(feature, Image):
-            rows = rows.cast_column(name, Image(decode=False))
-        elif isinstance(feature, ListOf) and isinstance(feature.feature, Image):
-            rows = rows.cast_column(name, ListOf(Image(decode=False)))
-    return rows
 
 
 class _ShowPictures:
@@ -225,6 +216,7 @@ def _streamed(rows: IterableDataset, reader: Reader, max_length: int, skip_bad: 
 
     def read() -> Iterator[dict[str, Any]]:
         nonlocal seen
+        # Undecoded: an error in a picture is then its row's, and does not end the stream
         for number, row in enumerate(rows.decode(False) if rows.features else rows):
             again = number < seen  # of another epoch: counted already
             one = _take(

@@ -30,11 +30,11 @@ def test_pictures_are_shown_where_tags_or_parts_say():
     chat = [say("user", "<|image_2|>, then <|image_1|>?"), say("assistant", "Yes.")]
     assert conversation_of({"images": [ONE, TWO], "messages": chat}).messages == chat
     parts = [
-        say("user", [part("First"), {"type": "image"}, {"type": "image", "image": TWO}]),
+        say("user", [part("First"), {"type": "image", "image": TWO}, {"type": "image"}]),
         say("assistant", [part("Yes.")]),
     ]
     got = conversation_of({"images": [ONE], "messages": parts})
-    assert got.pictures == [ONE, TWO]
+    assert got.pictures == [TWO, ONE]
     # A table of `datasets` has every field in every part, and undecoded pictures as bytes or path
     table = [
         say("user", [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]),

@@ -143,6 +143,18 @@ def test_bad_rows_are_named_before_the_training_or_skipped(damaged, small_proces
     assert len(got.dataset[0]["images"]) == 1 and got.dataset[1]["images"] == []
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_damaged_picture_in_a_table(damaged, small_processor, streamed):
+    folder = damaged.parent / "pictures"
+    pictures = [(folder / name).read_bytes() for name in ("good.png", "half.png", "good.png")]
+    table = {"image": [{"bytes": p, "path": None} for p in pictures], "query": ["?"] * 3}
+    table = datasets.Dataset.from_dict(table | {"answer": ["!"] * 3})
+    table = table.cast_column("image", datasets.Image())
+    source = table.to_iterable_dataset() if streamed else table
+    got = tokenize_rows(source, small_processor, 512, skip_bad=True)
+    assert len(list(got.dataset)) == 2 and [row.number for row in got.bad] == [1]
+
+
 def test_pictures_for_a_model_that_reads_text_alone(tokenizer):
     with pytest.raises(BadRowsError, match="reads text alone"):
         tokenize_rows([{"image": picture(), "query": "?", "answer": "!"}], tokenizer, 64)
