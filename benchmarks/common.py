@@ -94,6 +94,22 @@ def side_by_side(
     return seconds
 
 
+def peak_over(step: Callable[[], object]) -> int:
+    """Largest number of bytes that live at once on the CPU, beyond those before."""
+    import torch
+
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
 def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Name → median."""
     return {name: statistics.median(runs) for name, runs in seconds.items()}

@@ -22,7 +22,15 @@ from transformers.models.phimoe.modeling_phimoe import PhimoeExperts
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.build import apart, peak_memory
-from benchmarks.common import medians, parser, prepare, report, side_by_side, spread
+from benchmarks.common import (
+    medians,
+    parser,
+    peak_over,
+    prepare,
+    report,
+    side_by_side,
+    spread,
+)
 from cephalo_lite.quantize import (
     SequentialPhimoeForCausalLM,
     convert_4bit,
@@ -146,20 +154,6 @@ def step_of(
         return out.detach()
 
     return step
-
-
-def peak_over(step: Callable[[], object]) -> int:
-    """Largest number of bytes that live at once on the CPU, beyond those before."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 def check_same(outputs: dict[str, torch.Tensor]) -> None:

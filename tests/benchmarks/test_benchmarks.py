@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NAMES = ["moe_block", "generation", "import_time", "build"]
+NAMES = ["moe_block", "generation", "import_time", "build", "finetuning"]
 
 
 def script(name: str):
