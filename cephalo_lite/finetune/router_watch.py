@@ -52,31 +52,35 @@ class RouterWatch:
     """
 
     def __init__(self, model: nn.Module):
-        self.layers: list[int] = []
-        self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._active = False
-        self._sums: dict[str, torch.Tensor] = {}
+        self._routers: list[tuple[int, nn.Module]] = []
         for name, module in model.named_modules():
             if isinstance(module, Router | PhimoeTopKRouter):
                 layer = int(re.findall(r"\.layers\.(\d+)\.", f".{name}")[-1])
-                module.register_forward_hook(self._keep(layer))
-                self.layers += [] if layer in self.layers else [layer]  # a copy is trained: two
-
-    def _keep(self, layer: int):
-        def hook(module, args, output):
-            if self._active:  # not when activations are computed once more for the gradients
-                self._seen[layer] = (output[0], output[-1])
-
-        return hook
+                self._routers.append((layer, module))
+        # Where a copy of a router is trained there are two in a layer, of which one is called
+        self.layers = sorted({layer for layer, _ in self._routers})
+        self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._sums: dict[str, torch.Tensor] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within this context a forward pass is recorded."""
-        self._active = True
+        """Within this context a forward pass is recorded; going backward must be outside.
+
+        There activations may be computed once more, and routers decide again.
+        """
+
+        def keep(layer: int):
+            def hook(module, args, output):
+                self._seen[layer] = (output[0], output[-1])
+
+            return hook
+
+        hooks = [router.register_forward_hook(keep(layer)) for layer, router in self._routers]
         try:
             yield
         finally:
-            self._active = False
+            for hook in hooks:
+                hook.remove()
 
     def losses(self, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Balance loss and z-loss of the last pass, scalars, with gradients to the routers.

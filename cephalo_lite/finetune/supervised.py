@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..phi3v import Phi3VProcessor
 from .adapters import adapter_report, add_adapters, without_rename_warnings
+from .callbacks import JUDGED, Judge, ask_judge
 from .checkpoints import checkpoints, remove_partial, step_of
 from .exact_gates import exact_gates
 from .groups import freeze, parameter_groups, unfreeze
@@ -26,17 +27,7 @@ from .report import SFTReport, series
 from .router_watch import RouterRecord
 from .stopping import StopOnRequest, stops_on_interrupt
 from .tokenizing import Tokenized, tokenize_rows
-from .trainer import (
-    BALANCE,
-    JUDGED,
-    ROUTER_Z,
-    ROUTING,
-    AnswerTrainer,
-    Judge,
-    ask_judge,
-    make_trainer,
-    release,
-)
+from .trainer import BALANCE, ROUTER_Z, ROUTING, AnswerTrainer, make_trainer, release
 
 logger = logging.getLogger(__name__)
 NOTE = "training.json"  # lies beside the checkpoints and says what they are of

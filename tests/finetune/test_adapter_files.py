@@ -180,3 +180,26 @@ def test_merging_into_four_bits_warns(make_moe, tokenizer, tmp_path):
     with pytest.warns(UserWarning, match="rounds every sum to 4 bits again"):
         _, report = merge_adapters(model)
     assert report.quantized
+
+
+def test_adapters_of_a_mixture_in_bfloat16(make_vision_moe, wake, tmp_path):
+    """Saved and loaded bit by bit; merged to within the rounding of bfloat16."""
+    groups = ("vision", "projector", "attention", "experts", "gates")
+    model = wake(add_adapters(make_vision_moe().bfloat16(), groups, r=4)[0]).eval()
+    save_adapters(model, tmp_path / "adapter")
+    again, _ = load_adapters(make_vision_moe().bfloat16(), tmp_path / "adapter")
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-6, atol=1e-6)
+    layer = again.get_base_model().model.layers[1]
+    linear, gate = layer.mlp.experts[1].down_proj, layer.mlp.gating_layer.gate
+    want = linear.base_layer.weight.float() + linear.get_delta_weight("default").float()
+    trained = gate.modules_to_save["default"].weight.clone()
+    merged, report = merge_adapters(again)
+    assert report.dtype == torch.bfloat16
+    layer = merged.model.layers[1]
+    weight = layer.mlp.experts[1].down_proj.weight
+    assert weight.dtype == torch.bfloat16
+    torch.testing.assert_close(weight.float(), want, rtol=2**-7, atol=2**-8)
+    assert layer.mlp.gating_layer.gate.weight.equal(trained)

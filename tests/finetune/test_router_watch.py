@@ -84,7 +84,10 @@ def test_gradients_reach_the_gates_and_are_the_same_with_checkpointing(
     for gate, gradient in zip(gates, want, strict=True):
         assert gradient.abs().max() > 0
         torch.testing.assert_close(gate.grad, gradient, rtol=1e-4, atol=1e-6)
-    assert not watch._seen  # nothing more is kept while going backward
+    assert not watch._seen  # nothing more is kept while going backward, and no hook stays
+    hooks = [len(router._forward_hooks) for router in routers(mixture)]
+    watched(mixture, batch)
+    assert [len(router._forward_hooks) for router in routers(mixture)] == hooks
 
 
 def test_routers_of_phi35_moe_and_copies_that_are_trained(make_moe, batch):
