@@ -36,6 +36,8 @@ class TrainsTogether:
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         check_processes(self.args.world_size)
+        if is_sharded(self.model):
+            check_trainable(self.model, self.args.optim.value)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         # What an evaluation leaves behind: see above
@@ -97,6 +99,27 @@ def check_wrapped(model: nn.Module, processes: int, sharding: bool = False) -> N
         )
 
 
+def check_trainable(model: nn.Module, optimizer: str) -> None:
+    """Check that what is asked of a sharded model can be done.
+
+    Args:
+        model: from `load_sharded`, with adapters or not.
+        optimizer: its name in transformers.
+
+    Raises:
+        ValueError: an optimizer that cannot step parts of tensors, or gates as copies.
+    """
+    if "8bit" in optimizer or "paged" in optimizer or "bnb" in optimizer:
+        raise ValueError(
+            f"{optimizer} does not know tensors that are spread over processes: take adamw_torch."
+        )
+    if any(".modules_to_save." in name for name, _ in model.named_parameters()):
+        raise ValueError(
+            "A sharded model's gates cannot be trained as copies beside adapters: adapt other "
+            "groups, or train the gates alone (moe_gates)."
+        )
+
+
 @dataclass(frozen=True)
 class Sharding:
     """How a model is spread over processes. Sizes are in bytes, of parameters."""
@@ -115,6 +138,7 @@ def load_sharded(
     path_or_id: str | Path,
     fsdp_size: int | None = None,
     ep_size: int = 1,
+    bf16: bool = False,
     **options,
 ) -> tuple[PreTrainedModel, object, Sharding]:
     """Load a model of which each process holds a part (FSDP2, experts apart by choice).
@@ -126,7 +150,9 @@ def load_sharded(
         fsdp_size: processes that share the model; None is all of them.
         ep_size: processes that share the experts, each with whole experts of its own; it divides
             `fsdp_size` and the number of experts. 1 shares them like everything else.
-        options: further options of `load`.
+        bf16: compute in bfloat16. The weights, the sums of gradients and the steps are float32 in
+            any case.
+        options: further options of `load`, but no dtype.
 
     Returns:
         The model, its processor, and how it is spread.
@@ -137,8 +163,10 @@ def load_sharded(
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes < 2:
         raise RuntimeError("One process holds all of a model: start several by torchrun, or load.")
-    config = DistributedConfig(fsdp_size=fsdp_size or processes, ep_size=ep_size)
-    model, processor = load(path_or_id, distributed_config=config, **options)
+    config = DistributedConfig(
+        fsdp_size=fsdp_size or processes, ep_size=ep_size, fsdp_mixed_precision=bf16
+    )
+    model, processor = load(path_or_id, torch.float32, distributed_config=config, **options)
     spread = sharding(model)
     if not is_fsdp_managed_module(model) or spread.share > 1.1 / config.fsdp_size:
         raise RuntimeError(

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from cephalo_lite import load
+
 STEPS = {
-    "accumulation": 1, "dropout": 0.0, "max_steps": 4, "optimizer": "sgd", "balance": 0.0,
-    "router_z": 0.0, "group_by_length": False, "learning_rate": 0.05, "warmup": 0.0,
+    "accumulation": 1, "dropout": 0.0, "max_steps": 4, "eval_steps": 4, "optimizer": "sgd",
+    "balance": 0.0, "router_z": 0.0, "group_by_length": False, "learning_rate": 0.05, "warmup": 0.0,
 }  # fmt: skip
 ENGINES = {"ddp": None, "fsdp": {}, "experts": {"ep_size": 2}}
 
@@ -32,3 +34,15 @@ def test_two_processes_learn_what_one_does(engine, start, alone, tmp_path):
         assert weights.keys() == alone.weights[0].keys()
         for name, tensor in weights.items():
             torch.testing.assert_close(tensor, alone.weights[0][name], rtol=1e-4, atol=1e-6)
+    saved = dict(load(tmp_path / "checkpoint-4")[0].named_parameters())  # a released folder
+    for name, tensor in alone.weights[0].items():
+        torch.testing.assert_close(saved[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_a_sharded_training_does_not_go_on(start, tmp_path):
+    """transformers saves no optimizer of it; a run without one would be another training."""
+    orders = {"kind": "mixture", "recipe": "moe_gates", "out": str(tmp_path), "numbers": STEPS}
+    first = start(2, **orders, sharded={"ep_size": 2, "bf16": True})
+    assert first.codes == [0, 0], first.log
+    again = start(2, **orders, sharded={"ep_size": 2, "bf16": True})
+    assert set(again.codes) == {1} and "and not the optimizer: load the weights" in again.log

@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from cephalo_lite.finetune.distributed import check_processes, check_wrapped, load_sharded
+from cephalo_lite.finetune.distributed import (
+    check_processes,
+    check_trainable,
+    check_wrapped,
+    load_sharded,
+)
 
 PLAIN = Path(__file__).parent / "plain.py"
 RUN = {"kind": "phi3", "recipe": "phi35_mini", "numbers": {"max_steps": 2, "accumulation": 1}}
@@ -50,6 +55,8 @@ def test_what_one_process_can_tell(monkeypatch, tmp_path):
     check_wrapped(nn.Linear(2, 2), 1)
     with pytest.raises(RuntimeError, match="neither in DDP nor sharded"):
         check_wrapped(nn.Linear(2, 2), 2)
+    with pytest.raises(ValueError, match="paged_adamw_8bit does not know tensors"):
+        check_trainable(nn.Linear(2, 2), "paged_adamw_8bit")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(RuntimeError, match="start several by torchrun"):
         load_sharded(tmp_path)
