@@ -31,7 +31,7 @@ class Preset:
     text_count: int  # rows that a language model is fine-tuned on
     text_judged: int  # held-out rows that are answered before and after
     text_training: dict[str, Any]  # numbers of the recipes that are replaced at this size
-    picture_rows: str | None  # hub id of rows with pictures; None: the embedded charts
+    picture_rows: str | None  # hub id of rows with pictures; None: the embedded signs
     picture_count: int  # rows with pictures that the mixture is fine-tuned on
     picture_old: int  # rows of each of the experts' domains that are mixed in
     picture_training: dict[str, Any]  # numbers of the recipes that are replaced at this size
@@ -57,7 +57,7 @@ class Preset:
         if kind == "pictures":
             from .tiny import make_samples
 
-            samples = make_samples("charts", count, "train")
+            samples = make_samples("signs", count, "train")
             return [{"messages": s.messages(), "images": [s.image]} for s in samples]
         from .tiny import text
 

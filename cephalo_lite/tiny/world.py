@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import PIL.Image
 
 DOMAINS = ("materials", "general", "latex")  # of the experts
-UNSEEN = ("charts",)  # no model of the tiny family was trained on it
+UNSEEN = ("signs",)  # no model of the tiny family was trained on it
 SPLITS = ("train", "test")
 KNOWLEDGE = ("all", "base", "held_back")
 SEED_STRIDE = 1_000_000  # make_samples(seed=s) uses the sample seeds s * SEED_STRIDE + 0, 1, ...
@@ -78,7 +78,7 @@ def make_sample(domain: str, split: str = "train", seed: int = 0, knowledge: str
     """Makes one picture with its questions and answers; the same arguments give the same sample.
 
     Args:
-        domain: "materials", "general" or "latex"; or "charts", which no tiny model has seen.
+        domain: "materials", "general" or "latex"; or "signs", which no tiny model has seen.
         split: "train" or "test".
         seed: any integer.
         knowledge: "base" (nothing held back), "held_back" (only samples that need held-back
@@ -93,9 +93,9 @@ def make_sample(domain: str, split: str = "train", seed: int = 0, knowledge: str
     _check("domain", domain, DOMAINS + UNSEEN)
     _check("split", split, SPLITS)
     _check("knowledge", knowledge, KNOWLEDGE)
-    from . import charts, formulas, general, materials
+    from . import formulas, general, materials, signs
 
-    makers = {"materials": materials, "general": general, "latex": formulas, "charts": charts}
+    makers = {"materials": materials, "general": general, "latex": formulas, "signs": signs}
     draw = makers[domain].draw
     rng = _generator(domain, split, knowledge, int(seed))
     held_back = rng.random() < 0.5 if knowledge == "all" else knowledge == "held_back"
