@@ -38,9 +38,9 @@ TEXTS = [
     {"instruction": f"Name colour {number}." + " Please." * (number % 4), "output": colour}
     for number, colour in enumerate(COLOURS)
 ]
-PICTURES = [  # every third row is text alone
+PICTURES = [  # two rows of three are text alone, so some batches are
     {"query": f"Colour {number}?" + " Say it." * (number % 4), "answer": colour}
-    | ({"images": [Image.new("RGB", (28, 28), colour)]} if number % 3 else {})
+    | ({"images": [Image.new("RGB", (28, 28), colour)]} if number % 3 == 0 else {})
     for number, colour in enumerate(COLOURS)
 ]
 
