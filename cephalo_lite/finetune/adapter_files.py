@@ -85,9 +85,10 @@ def load_adapters(
     config = lora_config(model, lora, copies, saved.r, saved.lora_alpha, saved.lora_dropout)
     config.use_rslora = saved.use_rslora
     config.rank_pattern, config.alpha_pattern = saved.rank_pattern, saved.alpha_pattern
-    config.base_model_name_or_path = saved.base_model_name_or_path
     config.inference_mode = not trainable
     adapted, report = attach(model, config)
+    # After attaching, where PEFT would warn of a base that lies elsewhere now.
+    adapted.peft_config["default"].base_model_name_or_path = saved.base_model_name_or_path
     _fill(adapted, tensors)
     return adapted.train(trainable), report
 

@@ -134,8 +134,9 @@ def make_trainer(
         )
     for name, value in routing.items():  # TRL writes its own into the model's configuration
         setattr(model.config, name, value)
+    exact = model.dtype == torch.float32
     for name, dtype in before.items():  # TRL casts all that is trained on 4 bits to bfloat16
-        if ".lora_" not in name:
+        if exact or ".lora_" not in name:
             parameter = model.get_parameter(name)
             parameter.data = parameter.data.to(dtype)
     trainer.remove_callback(PrinterCallback)
