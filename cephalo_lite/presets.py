@@ -35,6 +35,7 @@ class Preset:
     picture_count: int  # rows with pictures that the mixture is fine-tuned on
     picture_old: int  # rows of each of the experts' domains that are mixed in
     picture_training: dict[str, Any]  # numbers of the recipes that are replaced at this size
+    expert_training: dict[str, Any]  # what an expert of its own has otherwise
     output_dir: Path  # where checkpoints are written
     memory: str  # peak, in words, for the cost table
     machine: str  # what it is meant for
@@ -109,17 +110,19 @@ def preset(size: str = "tiny") -> Preset:
                 "checkpointing": False,
             },
             picture_rows=None,
-            picture_count=900,
-            picture_old=100,
+            picture_count=600,
+            picture_old=200,
             picture_training={
-                "learning_rate": 2e-3,
+                "learning_rate": 1e-3,
                 "batch": 12,
                 "accumulation": 1,
-                "max_steps": 120,
-                "eval_steps": 40,
+                "max_steps": 100,
+                "eval_steps": 50,
                 "optimizer": "adamw_torch",
                 "checkpointing": False,
+                "weight_decay": 0.0,
             },
+            expert_training={"batch": 16, "max_steps": 240, "eval_steps": 120},
             output_dir=Path("runs/tiny"),
             memory="1.5 GB",
             machine="two CPU cores",
@@ -158,6 +161,7 @@ def preset(size: str = "tiny") -> Preset:
             picture_count=2000,
             picture_old=200,
             picture_training={"max_steps": 300, "eval_steps": 100},
+            expert_training={"learning_rate": 2e-5},
             output_dir=Path("runs/full"),
             memory="about 22 GB of GPU memory for the mixture, by arithmetic",
             machine="one GPU with 40 GB or more",
