@@ -44,11 +44,12 @@ lint: $(READY)  ## ruff and codespell
 	@$(RUN) -m ruff check $(CODE)
 	@$(RUN) -m codespell_lib $(CODE) README.md CHANGELOG.md Makefile pyproject.toml
 
-unit: $(READY)  ## the tests under tests/
-	@MPLBACKEND=Agg $(RUN) -m pytest tests
+unit: $(READY)  ## the tests under tests/, two at a time
+	@MPLBACKEND=Agg OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 tests
 
-notebooks: $(READY)  ## run every notebook at tiny size, leaving the files as they are
-	@CEPHALO_SIZE=tiny $(RUN) -m pytest --nbmake --nbmake-timeout=600 --durations=0 notebooks
+notebooks: $(READY)  ## run every notebook at tiny size, two at a time, leaving the files as they are
+	@CEPHALO_SIZE=tiny OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadgroup \
+	  --nbmake --nbmake-timeout=900 --durations=0 notebooks
 
 env: $(READY)  ## only set up .venv
 	@echo "$(or $(VENV),The active environment) is ready."
