@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 SIZES = ("tiny", "full")
+ON_A_CPU = {"accumulation": 1, "optimizer": "adamw_torch", "checkpointing": False}  # of a recipe
 
 
 @dataclass(frozen=True)
@@ -100,26 +101,22 @@ def preset(size: str = "tiny") -> Preset:
             text_rows={"chat": None, "code": None},
             text_count=1200,
             text_judged=80,
-            text_training={
+            text_training=ON_A_CPU
+            | {
                 "learning_rate": 5e-3,
                 "batch": 12,
-                "accumulation": 1,
                 "max_steps": 120,
                 "eval_steps": 40,
-                "optimizer": "adamw_torch",
-                "checkpointing": False,
             },
             picture_rows=None,
             picture_count=600,
             picture_old=300,
-            picture_training={
+            picture_training=ON_A_CPU
+            | {
                 "learning_rate": 2e-3,
                 "batch": 12,
-                "accumulation": 1,
                 "max_steps": 160,
                 "eval_steps": 80,
-                "optimizer": "adamw_torch",
-                "checkpointing": False,
                 "weight_decay": 0.0,
                 "group_by_length": False,  # rows of like length would be rows of one domain
             },

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig, PhimoeConfig
 
+from benchmarks.common import peak_over
 from cephalo_lite.quantize import memory_plan, nf4_bytes, stored_bytes
 
 TARGETS = {
@@ -80,18 +81,6 @@ def test_weights_adapters_and_optimiser_are_what_is_allocated(
     states = [s for state in optimiser.state.values() for n, s in state.items() if "qmap" not in n]
     held = sum(s.nbytes for s in states if isinstance(s, torch.Tensor))
     assert row.optimiser == pytest.approx(held, rel=0.01)
-
-
-def peak_over(step) -> int:
-    """Largest number of bytes that live at once on the CPU, beyond those before."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 @pytest.mark.parametrize("kind", ["phi3", "phimoe"])
