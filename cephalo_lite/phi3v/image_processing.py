@@ -43,6 +43,7 @@ def load_picture(source: Any) -> Image.Image:
 
                 source = load_image(str(source))
             else:
+                name = str(source)
                 source = Path(source).read_bytes()
         if isinstance(source, (bytes, bytearray)):
             source = ImageOps.exif_transpose(Image.open(io.BytesIO(source)))

@@ -93,6 +93,8 @@ def load_4bit(
     problems = StrictLoading._loading_problems(info)
     if problems:
         raise ValueError(f"{folder} does not fit {model_class.__name__}: {problems}")
+    if is_converted:
+        _forget_unpacking(model)
     for parameter in model.parameters():  # of a converted folder they come as they were stored
         if parameter.is_floating_point() and not is_4bit(parameter):
             parameter.data = parameter.data.to(dtype)
@@ -101,6 +103,21 @@ def load_4bit(
     guard_cpu(model)
     check_weights(model)
     return model.requires_grad_(False).eval(), reader
+
+
+def _forget_unpacking(model: PreTrainedModel) -> None:
+    """Let a model that was read in 4 bits be saved.
+
+    transformers 5.23 keeps the rules by which it was read, to turn them round in `save_pretrained`,
+    and that of packed weights cannot be turned (NotImplementedError). Their names are right as is.
+    """
+    from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
+
+    model._weight_conversions = [
+        rule
+        for rule in model._weight_conversions or []
+        if not any(isinstance(op, Bnb4bitDeserialize) for op in getattr(rule, "operations", ()))
+    ]
 
 
 def nf4_config(dtype: torch.dtype):
