@@ -322,6 +322,15 @@ def test_what_does_not_fit_is_said_first(make_mixture, make_small, run, small_pr
         run(adapted, short(moe_full))
 
 
+@pytest.fixture
+def interruptible():
+    """A process that Ctrl-C ends; those of pytest-xdist ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_leaves_a_checkpoint_and_says_where(make_mixture, run, tmp_path):
     def interrupted(times: int, folder: str) -> str:
         """What is said where Ctrl-C is pressed during step 3 of 50."""
