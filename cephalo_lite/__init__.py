@@ -3,12 +3,10 @@
 Names that need more packages (training, 4 bits) are imported when they are first asked for.
 """
 
-from importlib import import_module
-from typing import Any
-
 from . import moe, phi3v
 from .chat import Answer, Chat, Sampling, ask, stream
 from .finetune import freeze, parameter_groups, unfreeze
+from .later import later
 from .loading import load
 from .moe import Phi3VMoeConfig, Phi3VMoeForCausalLM, select_expert
 from .moe.build import BuildReport, build_moe
@@ -31,11 +29,11 @@ LATER = {
     "finetune": ("add_adapters", "load_adapters", "merge_adapters", "save_adapters", "sft"),
     "quantize": ("convert_4bit", "load_4bit", "memory_plan", "preflight"),
 }
-_PLACES = {name: place for place, names in LATER.items() for name in names}
+__getattr__, __dir__ = later(__name__, LATER, globals())
 
 __version__ = "0.1.0"
 __all__ = [
-    *_PLACES,
+    *(name for names in LATER.values() for name in names),
     "Answer",
     "BuildReport",
     "Chat",
@@ -66,13 +64,3 @@ __all__ = [
     "train_gates",
     "unfreeze",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_PLACES[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_PLACES])

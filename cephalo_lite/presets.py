@@ -55,7 +55,7 @@ class Preset:
         if sources[kind] is not None:
             from .finetune.text_data import load_rows
 
-            return load_rows(sources[kind], count)
+            return list(load_rows(sources[kind], count))  # a `Dataset` where there are pictures
         if kind == "pictures":
             from .tiny import make_samples
 

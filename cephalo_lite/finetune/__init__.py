@@ -3,9 +3,7 @@
 What needs the packages of the extra `train` is imported when it is first asked for.
 """
 
-from importlib import import_module
-from typing import Any
-
+from ..later import later
 from .groups import GROUPS, Count, FreezeReport, freeze, parameter_groups, unfreeze
 
 ELSEWHERE = {
@@ -27,18 +25,9 @@ ELSEWHERE = {
     "trainer": ("AnswerTrainer", "make_trainer"),
     "unfusing": ("fuse", "unfuse"),
 }  # fmt: skip
-_FILES = {name: file for file, names in ELSEWHERE.items() for name in names}
+__getattr__, __dir__ = later(__name__, ELSEWHERE, globals())
 
 __all__ = [
-    "GROUPS", "Count", "FreezeReport", "freeze", "parameter_groups", "unfreeze", *_FILES,
+    "GROUPS", "Count", "FreezeReport", "freeze", "parameter_groups", "unfreeze",
+    *(name for names in ELSEWHERE.values() for name in names),
 ]  # fmt: skip
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _FILES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_FILES[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_FILES])

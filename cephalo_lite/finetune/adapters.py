@@ -102,10 +102,12 @@ def add_adapters(
         raise ValueError("The model has adapters already: merge them (merge_adapters) first.")
     chosen = [groups] if isinstance(groups, str) else list(groups)
     chosen = list(dict.fromkeys(ALIASES.get(group, group) for group in chosen))
-    if "experts" in chosen:
+    found = {group: _matrices(model, group) for group in chosen if group != "experts"}
+    if "experts" in chosen:  # the last that may fail: then there are none to take apart
         model = unfuse(model)
-    matrices = [name for group in chosen if group != "gates" for name in _matrices(model, group)]
-    gates = _matrices(model, "gates") if "gates" in chosen else []
+        found["experts"] = _matrices(model, "experts")
+    gates = found.pop("gates", [])
+    matrices = [name for names in found.values() for name in names]
     if not matrices:
         raise ValueError("Name at least one group besides the gates; to train these alone: freeze.")
     return attach(model, lora_config(model, matrices, gates, r, alpha, dropout), seed)

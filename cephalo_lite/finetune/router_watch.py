@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -155,7 +156,7 @@ def by_depth(seen: Mapping[str, Any]) -> dict[str, float]:
     for third, where in _thirds(len(seen["layers"])).items():
         load = [seen["load"][i] for i in where]
         numbers |= {
-            f"router/{third}/{name}": _mean([seen[name][i] for i in where])
+            f"router/{third}/{name}": fmean([seen[name][i] for i in where])
             for name in ("entropy", "balance", "z")
         }
         numbers[f"router/{third}/max_load"] = max(map(max, load))
@@ -167,7 +168,3 @@ def _thirds(count: int) -> dict[str, range]:
     edges = [round(count * part / 3) for part in range(4)]
     parts = {name: range(edges[i], edges[i + 1]) for i, name in enumerate(THIRDS)}
     return {name: part for name, part in parts.items() if part}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

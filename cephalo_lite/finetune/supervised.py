@@ -14,9 +14,8 @@ from typing import Any
 from accelerate import PartialState
 from datasets import IterableDataset
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from ..phi3v import Phi3VProcessor
 from .adapters import adapter_report, add_adapters, without_rename_warnings
 from .callbacks import JUDGED, Judge, ask_judge
 from .checkpoints import checkpoints, remove_partial, step_of
@@ -26,7 +25,7 @@ from .recipes import Recipe
 from .report import SFTReport, series
 from .router_watch import RouterRecord
 from .stopping import StopOnRequest, stops_on_interrupt
-from .tokenizing import Tokenized, tokenize_rows
+from .tokenizing import Reader, Tokenized, sees, tokenize_rows
 from .trainer import BALANCE, ROUTER_Z, ROUTING, AnswerTrainer, make_trainer, release
 
 logger = logging.getLogger(__name__)
@@ -35,7 +34,7 @@ NOTE = "training.json"  # lies beside the checkpoints and says what they are of
 
 def sft(
     model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase | Phi3VProcessor,
+    tokenizer: Reader,
     train_rows: Iterable[Mapping[str, Any]],
     eval_rows: Iterable[Mapping[str, Any]],
     recipe: Recipe,
@@ -125,11 +124,11 @@ def sft(
 
 def _check(model, tokenizer, train_rows, recipe: Recipe) -> None:
     """Raise a ValueError where these do not fit each other."""
-    sees = "vision" in parameter_groups(model)
-    if sees != isinstance(tokenizer, Phi3VProcessor):
-        needed = "processor" if sees else "tokenizer"
+    seeing = "vision" in parameter_groups(model)
+    if seeing != sees(tokenizer):
+        needed = "processor" if seeing else "tokenizer"
         raise ValueError(f"{type(model).__name__} needs its {needed}, not a {type(tokenizer)}.")
-    if recipe.packing and sees:
+    if recipe.packing and seeing:
         raise ValueError("packing puts rows of text together: set it to False for pictures.")
     if isinstance(train_rows, IterableDataset) and recipe.max_steps < 1:
         raise ValueError("How many rows are streamed is not known: set max_steps in the recipe.")

@@ -91,7 +91,7 @@ def tokenize_rows(
         ValueError: a tokenizer that does not write Phi-3's chats, or no row with an answer.
         BadRowsError: rows that cannot be learnt; a ValueError.
     """
-    if not _sees(tokenizer) and tokenizer.chat_template is None:
+    if not sees(tokenizer) and tokenizer.chat_template is None:
         raise ValueError("The tokenizer has no chat template: take that of an instruct model.")
     if isinstance(rows, IterableDataset):
         return _streamed(rows, tokenizer, max_length, skip_bad)
@@ -112,13 +112,15 @@ def tokenize_rows(
         "labels": [row.labels for row in kept],
         "length": [len(row.input_ids) for row in kept],
     }
-    if not _sees(tokenizer):
-        return _with(result, Dataset.from_dict(columns))
+    if not sees(tokenizer):
+        result.dataset = Dataset.from_dict(columns)
+        return result
     numbered = {"row": numbers, "shown": [row.shown for row in kept]}
     integers = {name: ListOf(Value("int64")) for name in ("input_ids", "labels", "shown")}
     features = Features(integers | {"length": Value("int64"), "row": Value("int64")})
     dataset = Dataset.from_dict(columns | numbered, features)
-    return _with(result, dataset.with_transform(_ShowPictures(rows)))
+    result.dataset = dataset.with_transform(_ShowPictures(rows))
+    return result
 
 
 def encode(conversation: Conversation, reader: Reader, max_length: int) -> Row:
@@ -132,7 +134,7 @@ def encode(conversation: Conversation, reader: Reader, max_length: int) -> Row:
     Raises:
         ValueError: a picture cannot be read, there are pictures but no processor, or no label.
     """
-    if not _sees(reader):
+    if not sees(reader):
         if conversation.pictures:
             raise ValueError("There are pictures, but the model reads text alone.")
         ids = reader.apply_chat_template(conversation.messages, return_dict=True)["input_ids"]
@@ -144,7 +146,7 @@ def encode(conversation: Conversation, reader: Reader, max_length: int) -> Row:
         ids = reader._ids(text, tokens, add_special_tokens=True)
         shown = [int(number) - 1 for number in TAG.findall(text)] if tokens else []
         spans = _spans(ids, [tokens[number] for number in shown], reader.image_token_id)
-    labels = answer_labels(ids, reader.tokenizer if _sees(reader) else reader)
+    labels = answer_labels(ids, reader.tokenizer if sees(reader) else reader)
     if all(label == IGNORED for label in labels):
         raise ValueError(
             f"No answer was found in {conversation.messages}: the chat template is not Phi-3's "
@@ -155,7 +157,8 @@ def encode(conversation: Conversation, reader: Reader, max_length: int) -> Row:
     return Row(ids[:end], labels[:end], whole, len(ids) > end)
 
 
-def _sees(reader: Reader) -> bool:
+def sees(reader: Reader) -> bool:
+    """Whether what is read may have pictures: a processor, not a tokenizer."""
     return isinstance(reader, Phi3VProcessor)
 
 
@@ -182,11 +185,6 @@ def _take(rows, number: int, reader: Reader, max_length: int, result: Tokenized)
         result.dropped += 1
         return None
     return row
-
-
-def _with(result: Tokenized, dataset: Dataset | IterableDataset) -> Tokenized:
-    result.dataset = dataset
-    return result
 
 
 class _ShowPictures:
@@ -227,9 +225,10 @@ def _streamed(rows: IterableDataset, reader: Reader, max_length: int, skip_bad: 
                 raise BadRowsError(result.bad, None)
             if one is not None:
                 columns = {"input_ids": one.input_ids, "labels": one.labels}
-                if _sees(reader):
+                if sees(reader):
                     pictures = conversation_of(row).pictures
                     columns["images"] = [pictures[number] for number in one.shown]
                 yield columns | {"length": len(one.input_ids)}
 
-    return _with(result, IterableDataset.from_generator(read))
+    result.dataset = IterableDataset.from_generator(read)
+    return result

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from statistics import fmean
 
 import datasets
 import torch
 from peft import PeftModel
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    ProcessorMixin,
-)
+from transformers import PreTrainedModel, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from .adapters import without_rename_warnings
@@ -24,6 +20,7 @@ from .distributed import TrainsTogether, is_sharded
 from .recipes import Recipe
 from .router_watch import RouterWatch, by_depth
 from .sampling import SeededOrder
+from .tokenizing import Reader, sees
 from .trained_files import load_trained, save_trained
 
 BALANCE, ROUTER_Z, ROUTING = "balance_loss", "z_loss", "routing"  # in logs
@@ -56,7 +53,7 @@ class AnswerTrainer(WholeCheckpoints, SeededOrder, TrainsTogether, SFTTrainer):
         """Log, and in training how the routers did since the last time."""
         seen = self.watch.read(self._sum) if self.model.training else None
         if seen is not None:
-            logs |= {BALANCE: _mean(seen["balance"]), ROUTER_Z: _mean(seen["z"])}
+            logs |= {BALANCE: fmean(seen["balance"]), ROUTER_Z: fmean(seen["z"])}
             logs |= {**by_depth(seen), ROUTING: seen}
         super().log(logs, start_time)
 
@@ -97,7 +94,7 @@ class AnswerTrainer(WholeCheckpoints, SeededOrder, TrainsTogether, SFTTrainer):
 @without_rename_warnings()
 def make_trainer(
     model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+    tokenizer: Reader,
     train: datasets.Dataset | datasets.IterableDataset,
     held_out: datasets.Dataset,
     recipe: Recipe,
@@ -127,7 +124,7 @@ def make_trainer(
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=copy.deepcopy(tokenizer),
-            data_collator=AnswerCollator(tokenizer) if _sees(tokenizer) else None,
+            data_collator=AnswerCollator(tokenizer) if sees(tokenizer) else None,
             callbacks=[*callbacks, StepBar()] if progress else callbacks,
             balance=recipe.balance,
             router_z=recipe.router_z,
@@ -194,14 +191,6 @@ def release(model: PreTrainedModel | PeftModel) -> None:
     base.__dict__.pop("forward", None)  # TRL's, whose head computes the loss as well
 
 
-def _sees(reader: PreTrainedTokenizerBase | ProcessorMixin) -> bool:
-    return isinstance(reader, ProcessorMixin)
-
-
 def _router_fields(config) -> dict[str, object]:
     names = ("output_router_logits", "router_aux_loss_coef")
     return {name: getattr(config, name) for name in names if hasattr(config, name)}
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

@@ -95,9 +95,9 @@ def load_4bit(
         raise ValueError(f"{folder} does not fit {model_class.__name__}: {problems}")
     if is_converted:
         _forget_unpacking(model)
-    for parameter in model.parameters():  # of a converted folder they come as they were stored
-        if parameter.is_floating_point() and not is_4bit(parameter):
-            parameter.data = parameter.data.to(dtype)
+        for parameter in model.parameters():  # they come as they were stored
+            if parameter.is_floating_point() and not is_4bit(parameter):
+                parameter.data = parameter.data.to(dtype)
     if kind in VISION:
         _prepare(model, reader)
     guard_cpu(model)

@@ -160,16 +160,13 @@ def measure(values: memoryview, reference: memoryview, dtype: str) -> Change:
     total = Change()
     ours = np.frombuffer(values, dtype=NUMPY_DTYPES[dtype])  # (n,)
     theirs = np.frombuffer(reference, dtype=NUMPY_DTYPES[dtype])  # (n,)
-    rooms = [np.empty(min(SLICE, len(ours)), np.float32) for _ in range(2)]
     with np.errstate(all="ignore"):  # NaN and infinity are reported, not warned of here
         for begin in range(0, len(ours), SLICE):
             a, b = ours[begin : begin + SLICE], theirs[begin : begin + SLICE]
             equal = np.array_equal(_bits(a), _bits(b))
-            b = _float32(b, rooms[1][: len(b)], dtype)
-            squared = 0.0  # equal bits differ by zero even where they stand for NaN
-            if not equal:
-                a = _float32(a, rooms[0][: len(a)], dtype)
-                squared = _squared(np.subtract(a, b, out=a))
+            b = _float32(b, dtype)
+            # Equal bits differ by zero even where they stand for NaN.
+            squared = 0.0 if equal else _squared(_float32(a, dtype) - b)
             total.add(Change(squared, _squared(b), equal))
     return total
 
@@ -214,13 +211,10 @@ def _bits(values: np.ndarray) -> np.ndarray:
     return values.view(f"u{values.itemsize}")
 
 
-def _float32(values: np.ndarray, room: np.ndarray, dtype: str) -> np.ndarray:
-    """The values in `room`, float32."""
+def _float32(values: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "BF16":  # the upper half of a float32
-        np.left_shift(values, 16, out=room.view(np.uint32), dtype=np.uint32)
-    else:
-        room[:] = values
-    return room
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32)
 
 
 def _squared(values: np.ndarray) -> float:
