@@ -37,7 +37,7 @@ COLUMNS = (
     "peak memory, GB",
 )
 NOTE = (
-    "Building hashes what it writes, measures how far each expert is from the base, and by default "
+    "Building measures how far each expert is from the base, looks for equal ones, and by default "
     "reads its result back and compares it, tensor by tensor; copying does nothing of it. Peak "
     "memory is that of the whole process, torch included"
 )

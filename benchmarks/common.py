@@ -7,6 +7,7 @@ or is shared slows all of them. Reported are medians; the single runs are kept i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import math
 import statistics
@@ -20,6 +21,7 @@ from tqdm.auto import tqdm
 from cephalo_lite.results import machine, table_text, write_results
 
 ROOT = Path(__file__).resolve().parent.parent
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "grouped_mm")  # torch's names of matrix products
 QUICK_OUTPUT = ROOT / "runs" / "quick"  # never among the measured results
 
 
@@ -94,13 +96,31 @@ def side_by_side(
     return seconds
 
 
-def peak_over(step: Callable[[], object]) -> int:
-    """Largest number of bytes that live at once on the CPU, beyond those before."""
-    import torch
+def peak_over(step: Callable[[], object], products: bool = True) -> int:
+    """Largest number of bytes that live at once on the CPU, beyond those before.
 
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    Args:
+        step: what is measured.
+        products: False to leave matrix products uncomputed, which allocate nothing but their
+            results; without them, half precision is measured in seconds on any CPU.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_map_only
+
+    class Uncomputed(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket.__name__.strip("_") not in PRODUCTS:
+                return function(*args, **(kwargs or {}))
+            shapes = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs or {}))
+            return torch.zeros_like(function(*shapes[0], **shapes[1]), device="cpu")
+
+    with (
+        torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile,
+        contextlib.nullcontext() if products else Uncomputed(),
+    ):
         step()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = peak = 0

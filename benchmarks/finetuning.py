@@ -14,15 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from benchmarks.common import (
-    medians,
-    parser,
-    peak_over,
-    prepare,
-    report,
-    side_by_side,
-    spread,
-)
+from benchmarks.common import medians, parser, peak_over, prepare, report, side_by_side, spread
 from benchmarks.generation import pair
 from benchmarks.moe_block import AllExperts
 from cephalo_lite import add_adapters, freeze, unfreeze

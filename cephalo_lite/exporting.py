@@ -159,14 +159,30 @@ def _write_config(file: Path, kind: str) -> None:
     fields = json.loads(file.read_text("utf-8"))
     fields["architectures"] = [ARCHITECTURES[kind]]
     fields.pop("auto_map", None)  # points to remote code
-    rope = fields.get("rope_parameters")
-    if rope:  # transformers 4 reads these two, and takes defaults where they are missing
-        fields["rope_theta"] = rope["rope_theta"]
-        fields["rope_scaling"] = None
-        if rope["rope_type"] == "longrope":
-            parts = {name: rope[name] for name in LONG_ROPE[kind]}
-            fields["rope_scaling"] = {"type": "longrope", **parts}
+    fields |= released_rope(fields, kind)
     file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def released_rope(fields: dict, kind: str) -> dict:
+    """Positions in the words of the released config.json.
+
+    transformers 4 reads `rope_theta` and `rope_scaling`, and takes defaults where they are missing;
+    transformers 5 writes neither.
+
+    Args:
+        fields: a config.json.
+        kind: its model type.
+
+    Returns:
+        The two fields, or none where there are no `rope_parameters`.
+    """
+    rope = fields.get("rope_parameters")
+    if not rope:
+        return {}
+    scaling = None
+    if rope["rope_type"] == "longrope":
+        scaling = {"type": "longrope", **{name: rope[name] for name in LONG_ROPE[kind]}}
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
 
 
 def _copy_sentencepiece(tokenizer: Any, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def load(
         **place,
         **rest,
     )
-    _prepare(model, processor)
+    prepare(model, processor)
     return model.eval(), processor
 
 
@@ -145,7 +146,14 @@ def pad_id(model, processor: Phi3VProcessor) -> int:
     return stop_ids(model, processor)[-1] if own is None else own
 
 
-def _prepare(model, processor: Phi3VProcessor) -> None:
+def default_device() -> torch.device:
+    """The GPU of this process if there is one, under torchrun its own; else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def prepare(model, processor: Phi3VProcessor) -> None:
     """Say where answers stop and what pads, and give both chat templates to one tokenizer."""
     model.generation_config.eos_token_id = stop_ids(model, processor)
     model.generation_config.pad_token_id = pad_id(model, processor)
@@ -196,6 +204,6 @@ def _place(
         on_gpu = torch.cuda.is_available() and any(str(t) not in ("cpu", "disk") for t in targets)
         return torch.device("cuda" if on_gpu else "cpu"), {"device_map": places}
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = default_device()
     device = torch.device(device)
     return device, {} if device.type == "cpu" else {"device_map": {"": device}}

@@ -37,6 +37,7 @@ class Preset:
     picture_old: int  # rows of each of the experts' domains that are mixed in
     picture_training: dict[str, Any]  # numbers of the recipes that are replaced at this size
     expert_training: dict[str, Any]  # what an expert of its own has otherwise
+    picture_gates: dict[str, int]  # samples per expert, and tokens of each, for its mixture's gates
     output_dir: Path  # where checkpoints are written
     memory: str  # peak, in words, for the cost table
     machine: str  # what it is meant for
@@ -126,6 +127,7 @@ def preset(size: str = "tiny") -> Preset:
                 "max_steps": 240,
                 "eval_steps": 120,
             },
+            picture_gates={"samples": 400, "tokens": 128},
             output_dir=Path("runs/tiny"),
             memory="1.5 GB",
             machine="two CPU cores",
@@ -165,6 +167,7 @@ def preset(size: str = "tiny") -> Preset:
             picture_old=200,
             picture_training={"max_steps": 300, "eval_steps": 100},
             expert_training={"learning_rate": 2e-5},
+            picture_gates={"samples": 96, "tokens": 64},
             output_dir=Path("runs/full"),
             memory="about 22 GB of GPU memory for the mixture, by arithmetic",
             machine="one GPU with 40 GB or more",

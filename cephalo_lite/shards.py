@@ -6,7 +6,6 @@ the header alone tells where every tensor is, so copying needs a buffer, not a m
 instead of a memory map keep the peak resident memory at the size of that buffer.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -196,35 +195,6 @@ def pack_header(entries: Iterable[tuple[str, str, tuple[int, ...], int]]) -> byt
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     return struct.pack("<Q", len(text)) + text
-
-
-def verify_shard(file: Path, expected: dict[str, tuple[str, tuple[int, ...], str]]) -> None:
-    """Bring a written shard to the disk, read it back and compare every tensor.
-
-    Args:
-        file: the shard.
-        expected: name to (dtype, shape, SHA-256 of the bytes at their source).
-
-    Raises:
-        OSError: names, dtypes, shapes or bytes differ from what was to be written.
-    """
-    sync(file)
-    tensors = read_header(file)
-    if tensors.keys() != expected.keys():
-        raise OSError(f"{file.name} reads back with other tensors than were written")
-    buffer = memoryview(bytearray(CHUNK_BYTES))
-    with TensorReader() as reader:
-        for key, tensor in tensors.items():
-            digest = hashlib.sha256()
-            for offset in range(0, tensor.nbytes, CHUNK_BYTES):
-                view = buffer[: min(CHUNK_BYTES, tensor.nbytes - offset)]
-                reader.read_into(tensor, offset, view)
-                digest.update(view)
-            if (tensor.dtype, tensor.shape, digest.hexdigest()) != expected[key]:
-                raise OSError(
-                    f"{key} reads back from {file.name} with other bytes than its source has: "
-                    "check the disk and build again"
-                )
 
 
 def sync(path: Path) -> None:

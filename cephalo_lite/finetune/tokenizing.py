@@ -143,7 +143,7 @@ def encode(conversation: Conversation, reader: Reader, max_length: int) -> Row:
         text = reader.apply_chat_template(conversation.messages, tokenize=False)
         count = reader.image_processor.calc_num_image_tokens
         tokens = [count(picture)[0] for picture in conversation.pictures]
-        ids = reader._ids(text, tokens, add_special_tokens=True)
+        ids = reader.encode_prompt(text, tokens, add_special_tokens=True)
         shown = [int(number) - 1 for number in TAG.findall(text)] if tokens else []
         spans = _spans(ids, [tokens[number] for number in shown], reader.image_token_id)
     labels = answer_labels(ids, reader.tokenizer if sees(reader) else reader)

@@ -123,7 +123,7 @@ class Phi3VProcessor(ProcessorMixin):
         for prompt, count in zip(prompts, counts, strict=True):
             own = None if count is None else tokens[first : first + count]
             first += count or 0
-            rows.append(self._ids(prompt, own, add_special_tokens))
+            rows.append(self.encode_prompt(prompt, own, add_special_tokens))
         if truncation:
             max_length = max_length or self.tokenizer.model_max_length
             rows = [self._cut(row, max_length) for row in rows]
@@ -188,7 +188,16 @@ class Phi3VProcessor(ProcessorMixin):
             "tokens": cut["num_img_tokens"],
         }
 
-    def _ids(self, prompt: str, tokens: list[int] | None, add_special_tokens: bool) -> list[int]:
+    def encode_prompt(
+        self, prompt: str, tokens: list[int] | None, add_special_tokens: bool
+    ) -> list[int]:
+        """Ids of a prompt, with as many image ids for each tag as its picture has tokens.
+
+        Args:
+            prompt: text with tags such as <|image_1|>.
+            tokens: number of tokens of each picture; None or empty where tags are plain text.
+            add_special_tokens: whether each piece of text begins as the tokenizer likes.
+        """
         pieces = [prompt] if not tokens else TAG.split(prompt)  # text, number, text, number, ...
         ids = []
         for position, piece in enumerate(pieces):

@@ -2,6 +2,7 @@
 
 from .convert import ConversionReport, convert_4bit
 from .cpu_guard import guard_cpu
+from .cpu_linear import use_cpu_linear
 from .experts import PhimoeExpert, SequentialExperts
 from .loading import load_4bit, nf4_config
 from .models import SequentialPhi3VMoeForCausalLM, SequentialPhimoeForCausalLM, register
@@ -29,4 +30,5 @@ __all__ = [
     "preflight",
     "register",
     "stored_bytes",
+    "use_cpu_linear",
 ]

@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from ..exporting import released_rope
 from ..moe.build.checks import check_disk_space, check_target
-from ..moe.build.files import COPIED_FILES, _copy, _write_json
+from ..moe.build.files import COPIED_FILES, copy_side_file, write_json
 from ..moe.build.sources import resolve_folder
 from ..shards import (
     INDEX_FILE,
@@ -184,21 +185,21 @@ def _open_partial(partial: Path, fingerprint: str) -> dict:
 def _save(file: Path, done: dict) -> None:
     """Write beside and rename: whoever is killed here leaves the old state or the new one."""
     temporary = file.with_name(f"{TEMPORARY}{secrets.token_hex(4)}")
-    _write_json(temporary, done)
+    write_json(temporary, done)
     os.replace(temporary, file)
 
 
 def _write_side_files(partial: Path, source: Path, published: dict, shards: list[str]) -> None:
     dtype = getattr(torch, published.get("dtype") or published.get("torch_dtype") or "bfloat16")
     config = {key: value for key, value in published.items() if key != "auto_map"}
-    _write_json(
-        partial / "config.json", config | {"quantization_config": nf4_config(dtype).to_dict()}
-    )
+    config |= released_rope(config, published["model_type"])
+    config["quantization_config"] = nf4_config(dtype).to_dict()
+    write_json(partial / "config.json", config)
     if len(shards) > 1:
         headers = {file: read_header(partial / file) for file in shards}
         sizes = [tensor.nbytes for header in headers.values() for tensor in header.values()]
         weight_map = {name: file for file, header in headers.items() for name in header}
-        _write_json(
+        write_json(
             partial / INDEX_FILE,
             {
                 "metadata": {"total_size": sum(sizes)},
@@ -207,4 +208,4 @@ def _write_side_files(partial: Path, source: Path, published: dict, shards: list
         )
     for pattern in COPIED_FILES:
         for file in sorted(source.glob(pattern)):
-            _copy(file, partial / file.name)
+            copy_side_file(file, partial / file.name)

@@ -12,11 +12,12 @@ import torch
 from transformers import AutoTokenizer, Phi3ForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from ..loading import _prepare, check_fit, pick_attention
+from ..loading import check_fit, default_device, pick_attention, prepare
 from ..moe.build.sources import resolve_folder
 from ..phi3v import Phi3VForCausalLM, Phi3VProcessor
 from ..phi3v.checkpoints import StrictLoading
 from .cpu_guard import guard_cpu
+from .cpu_linear import use_cpu_linear
 from .models import SequentialPhi3VMoeForCausalLM, SequentialPhimoeForCausalLM
 from .preflight import check_weights
 from .sizes import SKIPPED, is_4bit
@@ -75,7 +76,7 @@ def load_4bit(
     else:
         reader = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = default_device()
     if attn_implementation == "auto":
         attn_implementation = pick_attention(device, dtype)
     is_converted = "quantization_config" in published
@@ -99,8 +100,9 @@ def load_4bit(
             if parameter.is_floating_point() and not is_4bit(parameter):
                 parameter.data = parameter.data.to(dtype)
     if kind in VISION:
-        _prepare(model, reader)
+        prepare(model, reader)
     guard_cpu(model)
+    use_cpu_linear(model)
     check_weights(model)
     return model.requires_grad_(False).eval(), reader
 

@@ -2,11 +2,10 @@
 
 import base64
 import io
-import os
-import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 import warnings
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers import PhimoeConfig, PhimoeForCausalLM
 
 import cephalo_lite as cl
 from cephalo_lite.chat.serve import main
+from cephalo_lite.chat.server import Server
 from cephalo_lite.exporting import export
 from cephalo_lite.quantize import load_4bit
 from cephalo_lite.tiny.text.tokenizer import make_tokenizer
@@ -65,41 +65,20 @@ def folders(dense, mixture, phimoe, processor, text_tokenizer, tmp_path_factory)
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """The address of a server in a second process, which is stopped at the end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """A server in a second process, which is stopped at the end."""
     home = tmp_path_factory.mktemp("home")
-    env = {**os.environ, "HF_HOME": str(home / "never-used")}
-    command = [sys.executable, "-m", "cephalo_lite.chat.serve", "--port", str(port)]
-    log = (home / "log").open("w")
-    process = subprocess.Popen([*command, "--device", "cpu"], env=env, stdout=log, stderr=log)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        _wait(process, address, home / "log")
-        yield address
-    finally:
-        process.terminate()
-        assert process.wait(30) in (0, -15), (home / "log").read_text()
-
-
-def _wait(process, address: str, log: Path, seconds: float = 180) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"{address}/health", timeout=5) as answer:
-                assert answer.status == 200
-                return
-        except OSError:
-            time.sleep(0.2)
-    raise AssertionError(f"The server did not start:\n{log.read_text()}")
+    env = {"HF_HOME": str(home / "never-used")}
+    with Server("--device", "cpu", log=home / "log", env=env) as server:
+        yield server
+        status = server.stop()
+    assert status in (0, -15), server.log.read_text()
 
 
 @pytest.fixture(scope="module")
 def client(server):
     import openai
 
-    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, timeout=120)
+    return openai.OpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=120)
 
 
 def data_uri(picture) -> str:
@@ -168,11 +147,41 @@ def test_models_can_be_listed_on_a_fresh_machine(client):
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads Linux's table of sockets")
 def test_it_listens_on_loopback_only(server):
-    port = int(server.rpartition(":")[2])
+    port = int(server.address.rpartition(":")[2])
     tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
     lines = [line.split() for table in tables if table.exists() for line in table.open()]
     listening = [words[1] for words in lines if words[3] == "0A"]
     assert [at for at in listening if at.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
+
+
+STARTS = """
+import sys
+from cephalo_lite.chat.server import Server
+server = Server("--device", "cpu")
+print(server.address, server.process.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_it_ends_with_the_process_that_started_it():
+    """A notebook whose kernel is killed leaves no server behind."""
+    command = [sys.executable, "-c", STARTS]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as starter:
+        address = starter.stdout.readline().split()[0]
+        with urllib.request.urlopen(f"{address}/health", timeout=5) as answer:
+            assert answer.status == 200
+        starter.kill()
+    end = time.monotonic() + 30
+    with pytest.raises(urllib.error.URLError):
+        while time.monotonic() < end:
+            urllib.request.urlopen(f"{address}/health", timeout=5).close()
+            time.sleep(0.1)
+
+
+def test_one_that_does_not_start_says_why(tmp_path):
+    with pytest.raises(RuntimeError, match="(?s)did not start.*--help"):
+        Server("--no-such-option", log=tmp_path / "log")
 
 
 def test_missing_packages_are_named(monkeypatch):

@@ -5,6 +5,7 @@ import torch
 from transformers import Phi3Config, Phi3ForCausalLM, PhimoeConfig
 
 from cephalo_lite import Phi3VMoeForCausalLM
+from cephalo_lite.finetune import sft
 from cephalo_lite.quantize.models import SequentialPhi3VMoeForCausalLM, SequentialPhimoeForCausalLM
 from cephalo_lite.tiny.text.tokenizer import make_tokenizer
 
@@ -118,3 +119,28 @@ def wake():
         return model
 
     return wake
+
+
+@pytest.fixture
+def make_mixture(make_small):
+    """A function that makes a small mixture of two experts, fused."""
+
+    def make(k: int = 1, dtype=torch.float32):
+        experts = [make_small(1), make_small(2)]
+        return Phi3VMoeForCausalLM.from_experts(make_small(), experts, k).to(dtype)
+
+    return make
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """A function that makes one that trains on the rows it was given, in a folder of this test."""
+
+    def make(reader, rows, held_out):
+        def run(model, recipe, train=rows, folder="run", **options):
+            options = {"progress": False, **options}
+            return sft(model, reader, train, held_out, recipe, tmp_path / folder, **options)
+
+        return run
+
+    return make

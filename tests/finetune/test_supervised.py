@@ -19,7 +19,6 @@ from cephalo_lite.finetune import (
     phi35_mini_code,
     phi35_moe,
     save_adapters,
-    sft,
     tokenize_rows,
 )
 from cephalo_lite.finetune.merging import random_probe
@@ -47,12 +46,8 @@ def short(recipe, **changes):
 
 
 @pytest.fixture
-def run(tokenizer, tmp_path):
-    def run(model, recipe, rows=TRAIN, folder="run", **options):
-        options = {"progress": False, **options}
-        return sft(model, tokenizer, rows, TEST, recipe, tmp_path / folder, **options)
-
-    return run
+def run(make_run, tokenizer):
+    return make_run(tokenizer, TRAIN, TEST)
 
 
 @torch.no_grad()

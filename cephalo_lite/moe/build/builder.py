@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from ...shards import SINGLE_FILE, TensorReader, sync, verify_shard
+from ...shards import SINGLE_FILE, TensorReader, sync
 from .checks import (
     check_disk_space,
     check_layers,
@@ -37,7 +37,7 @@ from .sources import (
     check_same_vocabulary,
     open_dense,
 )
-from .stream import Piece, Written, plan_shards, write_shard
+from .stream import Piece, Written, plan_shards, verify_shard, write_shard
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +78,8 @@ def build_moe(
             `layers.N.gate.bias`, or per MoE layer `{"gate.weight": (E, D), "gate.bias": (E,)}`.
             `None` for zero biases and small random weights.
         seed: of the random gate weights.
-        max_shard_gb: largest size of a file in 10^9 bytes; a single larger tensor gets a file of
-            its own.
+        max_shard_gb: largest size of a file in 10^9 bytes; what is larger, a tensor or the
+            experts' tensors of one matrix, gets a file of its own.
         gate_dtype: dtype of the gates; `None` for that of the base's MLPs, as in the published
             checkpoints.
         verify: read every shard back and compare each tensor with its source.
@@ -176,13 +176,12 @@ def _write_weights(
         tqdm(total=total, unit="B", unit_scale=True, desc="build", disable=not progress) as bar,
         TensorReader() as reader,
         ThreadPoolExecutor(1) as verifier,
-        ThreadPoolExecutor(3) as workers,
+        ThreadPoolExecutor(2) as workers,
     ):
         for name, shard in zip(names, shards, strict=True):
             written |= write_shard(partial / name, shard, reader, workers, bar.update)
             if verify:
-                expected = {p.key: (p.dtype, p.shape, written[p.key].sha256) for p in shard}
-                checks.append(verifier.submit(verify_shard, partial / name, expected))
+                checks.append(verifier.submit(verify_shard, partial / name, shard))
             for check in checks:
                 if check.done():
                     check.result()

@@ -63,7 +63,7 @@ def write_side_files(
         report: names, router, layers and shards of the build.
         pieces: all tensors.
     """
-    _write_json(folder / "config.json", moe_config(base.config, report))
+    write_json(folder / "config.json", moe_config(base.config, report))
     if len(report.shards) > 1:
         weight_map = {key: name for name in report.shards for key in read_header(folder / name)}
         metadata = {
@@ -71,21 +71,23 @@ def write_side_files(
             "total_parameters": report.total_parameters,
         }
         index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(folder / INDEX_FILE, index)
+        write_json(folder / INDEX_FILE, index)
     for pattern in COPIED_FILES:
         for file in sorted(base.folder.glob(pattern)):
-            _copy(file, folder / file.name)
+            copy_side_file(file, folder / file.name)
 
 
-def _copy(file: Path, target: Path) -> None:
+def copy_side_file(file: Path, target: Path) -> None:
+    """Copy a small file of a checkpoint, without what would lead to remote code."""
     if file.suffix == ".json":
         content = json.loads(file.read_text("utf-8"))
         if isinstance(content, dict) and content.pop("auto_map", None):
-            _write_json(target, content)
+            write_json(target, content)
             return
     shutil.copyfile(file, target)
 
 
-def _write_json(file: Path, content: dict) -> None:
+def write_json(file: Path, content: dict) -> None:
+    """Write a JSON file with sorted keys."""
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
     file.write_text(text + "\n", "utf-8")

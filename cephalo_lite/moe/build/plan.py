@@ -6,10 +6,11 @@ from collections.abc import Sequence
 import torch
 
 from ...shards import DTYPE_NAMES, TORCH_DTYPES, TensorReader
+from .change import Change, sample_change
 from .gates import GateList, gate_bytes
 from .report import BuildReport
 from .sources import MATRICES, DenseCheckpoint, mlp_key
-from .stream import Change, Piece, Written, sample_change
+from .stream import Piece, Written
 
 LEFT_BEHIND_LIMIT = 0.05  # relative change outside the MLPs above which an expert may not be itself
 GROUPS = {  # part of a published name: group, first match counts
@@ -114,7 +115,7 @@ def summarise(
 ) -> None:
     """Fill in what the written tensors tell: sizes, changes, equal experts, warnings."""
     names, layers = report.expert_names, report.layers
-    digests = []
+    firsts = []  # per expert: of each of its matrices, the first bit-equal one
     for expert, name in enumerate(names):
         keys = [[expert_key(layer, expert, m) for m in MATRICES] for layer in layers]
         changes = [Change() for _ in layers]
@@ -122,14 +123,14 @@ def summarise(
             for key in pair:
                 change.add(written[key].change)
         report.change.append([change.relative for change in changes])
-        digests.append([written[key].sha256 for pair in keys for key in pair])
+        firsts.append([(*written[key].twins, key)[0] for pair in keys for key in pair])
         if all(change.equal for change in changes):
             report.equal_to_base.append(name)
     report.identical_experts = [
         (names[a], names[b])
         for a in range(len(names))
         for b in range(a + 1, len(names))
-        if digests[a] == digests[b]
+        if firsts[a] == firsts[b]
     ]
     parameters = [math.prod(piece.shape) for piece in pieces]
     taken = sum(base.mlp(layer, matrix).numel for layer in layers for matrix in MATRICES)
