@@ -37,7 +37,7 @@ from .sources import (
     check_same_vocabulary,
     open_dense,
 )
-from .stream import Piece, Written, plan_shards, verify_shard, write_shard
+from .stream import Piece, Written, plan_shards, write_shard
 
 logger = logging.getLogger(__name__)
 
@@ -164,29 +164,25 @@ def _make_partial(output_dir: Path) -> Path:
 def _write_weights(
     partial: Path, pieces: Sequence[Piece], max_bytes: int, verify: bool, progress: bool
 ) -> dict[str, Written]:
-    """Write all shards; each is read back in the background while the next one is written."""
+    """Write all shards; each is brought to the disk while the next one is written."""
     shards = plan_shards(pieces, max_bytes)
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         names = [SINGLE_FILE]
     written: dict[str, Written] = {}
-    checks = []
     total = sum(piece.nbytes for piece in pieces)
     with (
         tqdm(total=total, unit="B", unit_scale=True, desc="build", disable=not progress) as bar,
         TensorReader() as reader,
-        ThreadPoolExecutor(1) as verifier,
-        ThreadPoolExecutor(2) as workers,
+        ThreadPoolExecutor(3) as workers,
+        ThreadPoolExecutor(1) as syncer,
     ):
+        on_disk = []
         for name, shard in zip(names, shards, strict=True):
-            written |= write_shard(partial / name, shard, reader, workers, bar.update)
-            if verify:
-                checks.append(verifier.submit(verify_shard, partial / name, shard))
-            for check in checks:
-                if check.done():
-                    check.result()
-        for check in checks:
-            check.result()
+            written |= write_shard(partial / name, shard, reader, workers, bar.update, verify)
+            on_disk.append(syncer.submit(sync, partial / name))
+        for waiting in on_disk:
+            waiting.result()
     return written
 
 

@@ -1,12 +1,13 @@
 """Tensors from the sources to the new shards, measured on the way and read back, by chunks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from io import FileIO
 from itertools import groupby
 from pathlib import Path
 
-from ...shards import ALIGNMENT, TensorInfo, TensorReader, pack_header, read_header, sync
+from ...shards import ALIGNMENT, TensorInfo, TensorReader, pack_header, read_header
 from .change import Change, measure, same_bytes
 
 CHUNK_BYTES = 4 << 20  # what is held of each tensor at a moment
@@ -62,54 +63,100 @@ def write_shard(
     reader: TensorReader,
     workers: ThreadPoolExecutor,
     advance: Callable[[int], object],
+    verify: bool = True,
 ) -> dict[str, Written]:
     """Write one safetensors file, chunk by chunk, all experts of a matrix side by side.
 
-    While chunks are being written, `workers` measure them and read the next ones.
+    While chunks are being written, `workers` measure them, read those before them back and compare
+    them with what came from the sources, and read the next ones.
 
     Args:
         file: must not exist.
         pieces: tensors in the order of their bytes.
         reader: reads the sources.
-        workers: two threads.
+        workers: three threads.
         advance: called with the number of bytes written.
+        verify: read back, through the file's own header, as whoever loads it will.
 
     Returns:
         Key to what its bytes were.
+
+    Raises:
+        OSError: what was written does not read back, or there is no space left.
     """
     header = pack_header((p.key, p.dtype, p.shape, p.nbytes) for p in pieces)
-    starts, end = {}, len(header)
-    for piece in pieces:
-        starts[piece.key], end = end, end + piece.nbytes
-    slots = [_Slot(), _Slot()]  # one is worked on while the other is filled
-    jobs = [
-        (group, offset)
-        for group in together(pieces)
-        for offset in range(0, max(group[0].nbytes, 1), CHUNK_BYTES)
-    ]
+    groups = together(pieces)
+    jobs = [(g, at) for g in groups for at in range(0, max(g[0].nbytes, 1), CHUNK_BYTES)]
     written = {
         piece.key: Written(twins=[other.key for other in group[:number]])
-        for group in together(pieces)
+        for group in groups
         for number, piece in enumerate(group)
     }
-    measured: Future | None = None
-    with open(file, "xb") as out:
-        out.write(header)
+    slots = [_Slot(), _Slot()]  # one is worked on while the other is filled
+    room = memoryview(bytearray(CHUNK_BYTES))  # for what is read back
+    pending: list[Future] = []
+    with open(file, "xb", buffering=0) as out, TensorReader() as back:
+        _write(out, header)
+        out.truncate(len(header) + sum(piece.nbytes for piece in pieces))
+        places = _read_places(file, pieces)
         coming = workers.submit(slots[0].fill, *jobs[0], reader)
         for number, (group, offset) in enumerate(jobs):
             chunks, reference = coming.result()
-            if measured is not None:
-                measured.result()  # the other slot is free
+            _finish(pending)  # the other slot is free
             if number + 1 < len(jobs):
                 slot = slots[(number + 1) % 2]
                 coming = workers.submit(slot.fill, *jobs[number + 1], reader)
-            measured = workers.submit(_look_at, group, chunks, reference, written)
+            pending = [workers.submit(_look_at, group, chunks, reference, written)]
             for piece, chunk in zip(group, chunks, strict=True):
-                out.seek(starts[piece.key] + offset)
-                out.write(chunk)
+                out.seek(places[piece.key].start + offset)
+                _write(out, chunk)
                 advance(len(chunk))
-        measured.result()
+            if verify:
+                check = (group, offset, chunks, places, back, room)
+                pending.append(workers.submit(_compare, *check))
+        _finish(pending)
     return written
+
+
+def _read_places(file: Path, pieces: Sequence[Piece]) -> dict[str, TensorInfo]:
+    """Where a reader of the file will look for each piece."""
+    places = read_header(file)
+    wanted = {piece.key: (piece.dtype, piece.shape, piece.nbytes) for piece in pieces}
+    found = {key: (place.dtype, place.shape, place.nbytes) for key, place in places.items()}
+    if found != wanted:
+        raise OSError(f"{file.name} reads back with other tensors than were written")
+    return places
+
+
+def _compare(
+    group: Sequence[Piece],
+    offset: int,
+    chunks: Sequence[memoryview],
+    places: Mapping[str, TensorInfo],
+    reader: TensorReader,
+    room: memoryview,
+) -> None:
+    """Read back what was written of a group, and compare it with what came from the sources."""
+    for piece, chunk in zip(group, chunks, strict=True):
+        back = room[: len(chunk)]
+        reader.read_into(places[piece.key], offset, back)
+        if not same_bytes(back, chunk):
+            raise OSError(
+                f"{piece.key} reads back from {places[piece.key].file.name} with other bytes than "
+                "its source has: check the disk and build again"
+            )
+
+
+def _write(out: FileIO, data: bytes | memoryview) -> None:
+    """Write all of it; one call may write a part."""
+    data = memoryview(data)
+    while len(data):
+        data = data[out.write(data) :]
+
+
+def _finish(pending: Sequence[Future]) -> None:
+    for future in pending:
+        future.result()
 
 
 class _Slot:
@@ -156,33 +203,3 @@ def _look_at(
         known, chunk = written[piece.key], chunk_of[piece.key]
         known.change.add(change)
         known.twins = [key for key in known.twins if same_bytes(chunk, chunk_of[key])]
-
-
-def verify_shard(file: Path, pieces: Sequence[Piece]) -> None:
-    """Bring a written shard to the disk, read it back and compare every tensor with its source.
-
-    Args:
-        file: the shard.
-        pieces: what was to be written.
-
-    Raises:
-        OSError: names, dtypes, shapes or bytes differ from what was to be written.
-    """
-    sync(file)
-    tensors = read_header(file)
-    if tensors.keys() != {piece.key for piece in pieces}:
-        raise OSError(f"{file.name} reads back with other tensors than were written")
-    back, slot = memoryview(bytearray(CHUNK_BYTES)), _Slot()
-    with TensorReader() as reader:
-        for piece in pieces:
-            tensor = tensors[piece.key]
-            alike = (tensor.dtype, tensor.shape) == (piece.dtype, piece.shape)
-            for offset in range(0, piece.nbytes if alike else 0, CHUNK_BYTES):
-                [chunk] = slot.fill([replace(piece, reference=None)], offset, reader)[0]
-                reader.read_into(tensor, offset, back[: len(chunk)])
-                alike &= same_bytes(back[: len(chunk)], chunk)
-            if not alike:
-                raise OSError(
-                    f"{piece.key} reads back from {file.name} with other bytes than its source "
-                    "has: check the disk and build again"
-                )
