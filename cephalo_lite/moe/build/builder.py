@@ -174,12 +174,11 @@ def _write_weights(
     with (
         tqdm(total=total, unit="B", unit_scale=True, desc="build", disable=not progress) as bar,
         TensorReader() as reader,
-        ThreadPoolExecutor(3) as workers,
         ThreadPoolExecutor(1) as syncer,
     ):
         on_disk = []
         for name, shard in zip(names, shards, strict=True):
-            written |= write_shard(partial / name, shard, reader, workers, bar.update, verify)
+            written |= write_shard(partial / name, shard, reader, bar.update, verify)
             on_disk.append(syncer.submit(sync, partial / name))
         for waiting in on_disk:
             waiting.result()

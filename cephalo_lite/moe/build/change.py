@@ -54,12 +54,15 @@ def measure(values: Sequence[memoryview], reference: memoryview, dtype: str) -> 
             b = theirs[begin : begin + SLICE]
             b_float = _float32(b, dtype)
             squared_reference = _squared(b_float)
-            for total, numbers in zip(totals, ours, strict=True):
+            for total, numbers, chunk in zip(totals, ours, values, strict=True):
+                if chunk is reference:
+                    total.add(Change(0.0, squared_reference))
+                    continue
                 a = numbers[begin : begin + SLICE]
-                equal = np.array_equal(_bits(a), _bits(b))
-                # Equal bits differ by zero even where they stand for NaN.
-                squared = 0.0 if equal else _squared(_float32(a, dtype) - b_float)
-                total.add(Change(squared, squared_reference, equal))
+                squared = _squared(_float32(a, dtype) - b_float)
+                # Equal bits differ by zero even where they stand for NaN; 0 and -0 are not equal.
+                equal = not squared > 0 and np.array_equal(_bits(a), _bits(b))
+                total.add(Change(0.0 if equal else squared, squared_reference, equal))
     return totals
 
 
@@ -92,7 +95,10 @@ def sample_change(tensor: TensorInfo, reference: TensorInfo, reader: TensorReade
 
 def same_bytes(one: memoryview, other: memoryview) -> bool:
     """Whether two runs of bytes are equal."""
-    return one is other or np.array_equal(np.frombuffer(one, "u1"), np.frombuffer(other, "u1"))
+    if one is other or len(one) != len(other):
+        return one is other
+    kind = "u8" if len(one) % 8 == 0 else "u1"
+    return np.array_equal(np.frombuffer(one, kind), np.frombuffer(other, kind))
 
 
 def _bits(values: np.ndarray) -> np.ndarray:

@@ -61,20 +61,18 @@ def write_shard(
     file: Path,
     pieces: Sequence[Piece],
     reader: TensorReader,
-    workers: ThreadPoolExecutor,
     advance: Callable[[int], object],
     verify: bool = True,
 ) -> dict[str, Written]:
     """Write one safetensors file, chunk by chunk, all experts of a matrix side by side.
 
-    While chunks are being written, `workers` measure them, read those before them back and compare
-    them with what came from the sources, and read the next ones.
+    While chunks are being written, other threads measure them, read those before them back and
+    compare them with what came from the sources, and read the next ones.
 
     Args:
         file: must not exist.
         pieces: tensors in the order of their bytes.
         reader: reads the sources.
-        workers: three threads.
         advance: called with the number of bytes written.
         verify: read back, through the file's own header, as whoever loads it will.
 
@@ -92,29 +90,35 @@ def write_shard(
         for group in groups
         for number, piece in enumerate(group)
     }
-    slots = [_Slot(), _Slot()]  # one is worked on while the other is filled
-    room = memoryview(bytearray(CHUNK_BYTES))  # for what is read back
-    pending: list[Future] = []
-    with open(file, "xb", buffering=0) as out, TensorReader() as back:
+    slots = [_Slot(), _Slot(), _Slot()]  # to be filled, written, and read back at the same time
+    with (
+        open(file, "xb", buffering=0) as out,
+        TensorReader() as back,
+        ThreadPoolExecutor(1) as reading,
+        ThreadPoolExecutor(1) as measuring,
+        ThreadPoolExecutor(1) as checking,
+    ):
         _write(out, header)
         out.truncate(len(header) + sum(piece.nbytes for piece in pieces))
         places = _read_places(file, pieces)
-        coming = workers.submit(slots[0].fill, *jobs[0], reader)
+        coming = reading.submit(slots[0].fill, *jobs[0], reader)
         for number, (group, offset) in enumerate(jobs):
             chunks, reference = coming.result()
-            _finish(pending)  # the other slot is free
             if number + 1 < len(jobs):
-                slot = slots[(number + 1) % 2]
-                coming = workers.submit(slot.fill, *jobs[number + 1], reader)
-            pending = [workers.submit(_look_at, group, chunks, reference, written)]
+                free = slots[(number + 1) % 3]
+                free.wait()
+                coming = reading.submit(free.fill, *jobs[number + 1], reader)
+            slot = slots[number % 3]
+            slot.work.append(measuring.submit(_look_at, group, chunks, reference, written))
             for piece, chunk in zip(group, chunks, strict=True):
                 out.seek(places[piece.key].start + offset)
                 _write(out, chunk)
                 advance(len(chunk))
             if verify:
-                check = (group, offset, chunks, places, back, room)
-                pending.append(workers.submit(_compare, *check))
-        _finish(pending)
+                check = (group, offset, chunks, places, back, slot.back)
+                slot.work.append(checking.submit(_compare, *check))
+        for slot in slots:
+            slot.wait()
     return written
 
 
@@ -154,16 +158,19 @@ def _write(out: FileIO, data: bytes | memoryview) -> None:
         data = data[out.write(data) :]
 
 
-def _finish(pending: Sequence[Future]) -> None:
-    for future in pending:
-        future.result()
-
-
 class _Slot:
     """Room for a chunk of each tensor that is needed at the same time."""
 
     def __init__(self) -> None:
         self.rooms: list[memoryview] = []
+        self.back = memoryview(bytearray(CHUNK_BYTES))  # for what is read back
+        self.work: list[Future] = []  # on what lies here
+
+    def wait(self) -> None:
+        """Wait until what lies here is no longer needed."""
+        for future in self.work:
+            future.result()
+        self.work.clear()
 
     def fill(
         self, group: Sequence[Piece], offset: int, reader: TensorReader
