@@ -56,3 +56,13 @@ def test_adapters_on_fused_experts_merge_and_fuse(fused, wake):
     together = fuse(merged)
     assert type(together) is kind
     torch.testing.assert_close(logits(together), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_call_that_fails_takes_nothing_apart(fused):
+    """The mixture's layers have no dense MLP: the second group is not there."""
+    kind, want = type(fused), {name: tuple(t.shape) for name, t in fused.state_dict().items()}
+    with pytest.raises(ValueError, match="nothing in group 'mlp'"):
+        add_adapters(fused, ("experts", "mlp"), r=2)
+    assert type(fused) is kind
+    assert {name: tuple(t.shape) for name, t in fused.state_dict().items()} == want
+    assert all(parameter.requires_grad for parameter in fused.parameters())
