@@ -7,7 +7,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 from cephalo_lite import Phi3VMoeConfig
 from cephalo_lite.moe import MoeBlock
-from cephalo_lite.moe.experts import experts_by_shape, is_few
+from cephalo_lite.moe.experts import experts_by_shape, in_columns, is_few, one_by_one
 
 WAYS = ["cephalo", "eager", "grouped_mm", "batched_mm"]
 
@@ -95,11 +95,12 @@ def test_few_means_no_more_pairs_than_experts():
 
 
 def test_the_way_follows_the_shape(monkeypatch):
-    """On a CPU: the loop without gradients and for single tokens, grouped products to learn."""
+    """On a CPU: the loop for single tokens, columns for many, grouped products to learn."""
     from cephalo_lite.moe import experts as module
 
     taken = []
-    for name in ("one_by_one", "grouped_mm_experts_forward", "batched_mm_experts_forward"):
+    ways = ("one_by_one", "in_columns", "grouped_mm_experts_forward", "batched_mm_experts_forward")
+    for name in ways:
         real = getattr(module, name)
         spy = lambda *args, real=real, name=name: (taken.append(name), real(*args))[1]  # noqa: E731
         monkeypatch.setattr(module, name, spy)
@@ -109,7 +110,22 @@ def test_the_way_follows_the_shape(monkeypatch):
         with torch.set_grad_enabled(grad):
             index, weights = routed.chosen[:tokens], routed.weights[:tokens]
             experts_by_shape(block.experts, hidden[:tokens], index, weights)
-    assert taken == ["one_by_one", "one_by_one", "grouped_mm_experts_forward", "one_by_one"]
+    assert taken == ["in_columns", "one_by_one", "grouped_mm_experts_forward", "one_by_one"]
+
+
+@pytest.mark.parametrize("tokens", [5, 8, 41])
+@pytest.mark.parametrize("k", [1, 2])
+def test_columns_that_fill_a_group_up_count_for_nothing(tokens, k):
+    block, hidden = make_block(3, k, tokens)
+    routed = block.gating_layer(hidden)
+    tensors = [hidden.requires_grad_(), block.experts.gate_up_proj, block.experts.down_proj]
+    found = []
+    for way in (one_by_one, in_columns):
+        weights = routed.weights.detach().requires_grad_()
+        out = way(block.experts, hidden, routed.chosen, weights)
+        found.append([out, *torch.autograd.grad((out**2).sum(), [*tensors, weights])])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
 def test_widths_that_grouped_products_refuse():
