@@ -10,7 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear4bit as Linear4bitWithLora
 from torch import nn
 
-from cephalo_lite.quantize import use_cpu_linear
+from cephalo_lite.quantize import cpu_linear, load_4bit, use_cpu_linear
 from cephalo_lite.quantize.cpu_linear import CpuLinear4bit, forget_memory, unpack
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -99,3 +99,23 @@ def test_it_is_saved_and_adapted_like_any_other():
     adapted["w"](torch.randn(3, 1024)).sum().backward()
     grads = {name for name, p in adapted.named_parameters() if p.grad is not None}
     assert grads == {"w.lora_A.default.weight", "w.lora_B.default.weight"}
+
+
+@pytest.mark.parametrize("kind", ["phimoe", "phi3_v_moe"])
+def test_a_model_that_is_loaded_computes_the_same(make_folder, text_ids, adapt, monkeypatch, kind):
+    """Logits and the gradients of adapters, with every layer taken for a large one."""
+    found = []
+    for smallest in (cpu_linear.SMALLEST, 1):
+        monkeypatch.setattr(cpu_linear, "SMALLEST", smallest)
+        model, _ = load_4bit(make_folder(kind), torch.float32, device="cpu", progress=False)
+        layers = [type(module) for module in model.modules() if isinstance(module, Linear4bit)]
+        assert set(layers) == {Linear4bit if smallest > 1 else CpuLinear4bit} and len(layers) > 8
+        model = adapt(model, "o_proj", "w2" if kind == "phimoe" else "down_proj")
+        logits = model.train()(text_ids).logits
+        logits.square().mean().backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        found.append({"logits": logits, **grads})
+    assert found[0].keys() == found[1].keys()
+    for name, tensor in found[0].items():
+        if tensor is not None:
+            torch.testing.assert_close(found[1][name], tensor, rtol=1e-5, atol=1e-6)
