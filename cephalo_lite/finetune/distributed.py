@@ -15,14 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from packaging.version import Version
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DistributedConfig, PreTrainedModel
+from transformers import __version__ as TRANSFORMERS
 from transformers.distributed.fsdp import is_fsdp_managed_module
 
 from ..loading import load
+
+EXPERTS_APART = "5.23"  # before this transformers, experts that are apart learn something else
 
 
 class TrainsTogether:
@@ -158,11 +162,18 @@ def load_sharded(
         The model, its processor, and how it is spread.
 
     Raises:
-        RuntimeError: one process, or this process holds more than its part.
+        RuntimeError: one process, this process holds more than its part, or experts apart with a
+            release of transformers that trains them otherwise than one process would.
     """
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes < 2:
         raise RuntimeError("One process holds all of a model: start several by torchrun, or load.")
+    if ep_size > 1 and Version(TRANSFORMERS) < Version(EXPERTS_APART):
+        raise RuntimeError(
+            f"ep_size={ep_size} needs transformers {EXPERTS_APART} (and Python 3.11): with "
+            f"{TRANSFORMERS} experts that are apart learn something else than whole ones, without "
+            "an error. Leave ep_size at 1."
+        )
     config = DistributedConfig(
         fsdp_size=fsdp_size or processes, ep_size=ep_size, fsdp_mixed_precision=bf16
     )

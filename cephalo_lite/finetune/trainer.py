@@ -174,6 +174,7 @@ def arguments(recipe: Recipe, model: PreTrainedModel, output_dir: str | Path) ->
         data_seed=recipe.seed,
         bf16=False,  # no autocast: the weights' own dtype says how to compute
         use_cpu=model.device.type == "cpu",
+        ddp_find_unused_parameters=True,  # rows without a picture leave the tower alone
         report_to="none",
         disable_tqdm=True,  # see StepBar
         remove_unused_columns=False,
