@@ -25,6 +25,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
 from .finetune.folders import new_folder
+from .moe.build.files import write_json
 from .shards import read_checkpoint
 
 # Model type → the name that the released config.json has and other runtimes look for.
@@ -160,7 +161,7 @@ def _write_config(file: Path, kind: str) -> None:
     fields["architectures"] = [ARCHITECTURES[kind]]
     fields.pop("auto_map", None)  # points to remote code
     fields |= released_rope(fields, kind)
-    file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", "utf-8")
+    write_json(file, fields)
 
 
 def released_rope(fields: dict, kind: str) -> dict:

@@ -18,6 +18,7 @@ from transformers.conversion_mapping import (
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 from ..moe import Phi3VMoeConfig, Phi3VMoeForCausalLM, Phi3VMoeModel
+from ..moe.build.files import write_json
 from ..moe.checkpoints import register_published_names
 from .experts import PhimoeExpert, SequentialExperts
 
@@ -35,7 +36,7 @@ class SavesAsPublished:
         if file.is_file():  # only the main process writes it
             fields = json.loads(file.read_text("utf-8"))
             fields["architectures"] = self.config.architectures
-            file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", "utf-8")
+            write_json(file, fields)
 
 
 class SequentialPhimoeModel(PhimoeModel):

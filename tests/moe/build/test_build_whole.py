@@ -46,7 +46,7 @@ print(peak() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_tensors(make_dense, tmp_path):
-    """Two tensors of 128 MB pass through; held are five chunks of 16 MiB, and no memory map."""
+    """Two tensors of 128 MB pass through; held are a few chunks of 4 MiB, and no memory map."""
     width, inner, rows = 64, 128, 500_000  # one embedding of 128 MB
     table = torch.zeros(rows, width)
     large = {"model.embed_tokens.weight": table, "lm_head.weight": table.clone()}
