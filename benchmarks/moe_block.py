@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
-from benchmarks.common import medians, parser, prepare, report, side_by_side, spread
+from benchmarks.common import keep_memory, medians, parser, prepare, report, side_by_side, spread
 from cephalo_lite.moe import MoeBlock, Phi3VMoeConfig
 
 WAYS = ("cephalo", "eager", "grouped_mm", "batched_mm")
@@ -23,6 +23,7 @@ COLUMNS = ("case", "all experts, ms", "dense MLP, ms", *(f"{way}, times faster" 
 NOTE = (
     "Float32 on the CPU unless said otherwise. Times faster: than computing all experts for every "
     "token; E/k is the limit. Backward includes the gradients of all weights and of the input. "
+    "malloc keeps its memory here, so that what is timed is not the handing out of pages. "
     "batched_mm is left out (–) where it would copy the weights once per token"
 )
 
@@ -143,6 +144,7 @@ def row(case: Case, seconds: dict[str, list[float]]) -> list:
 def main(arguments: list[str] | None = None) -> None:
     """Measure all cases and write moe_block.json."""
     options = prepare(parser(__doc__.splitlines()[0]).parse_args(arguments))
+    keep_memory()
     rows, runs = [], {}
     for case in cases(options.quick):
         if case.device == "cuda" and (options.quick or not torch.cuda.is_available()):

@@ -12,9 +12,10 @@ from transformers.integrations.moe import (
     use_experts_implementation,
 )
 
+from .columns import in_columns
 from .configuration import Phi3VMoeConfig
 
-COLUMNS = 8  # tokens that a CPU multiplies at once
+LARGE = 1 << 20  # D x F of an expert from which on a CPU computes with columns of tokens
 DEFAULT_EXPERTS = "cephalo"  # what models use when `experts_implementation` is not given
 
 
@@ -83,37 +84,14 @@ def one_by_one(
     return out
 
 
-def in_columns(
-    experts: nn.Module,
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-) -> torch.Tensor:
-    """Each expert on the tokens that chose it, as the columns of a matrix; arguments as above.
-
-    Weights times columns of tokens is what a linear layer computes of rows of tokens, and on a CPU
-    it is faster, twice for a few dozen tokens: the product is shared out over the rows of the
-    weights, of which there are thousands. Full groups of 8 columns are faster still, so an expert's
-    first token is repeated, with weight 0.
-    """
-    gate_up, down = experts.gate_up_proj.unbind(), experts.down_proj.unbind()
-    weights = top_k_weights.to(hidden_states.dtype)
-    out = torch.zeros_like(hidden_states)  # (N, D)
-    for expert in range(experts.num_experts):
-        tokens, slots = torch.where(top_k_index == expert)  # (n,), (n,)
-        if len(tokens):
-            spare = -len(tokens) % COLUMNS
-            weight = nn.functional.pad(weights[tokens, slots], (0, spare))
-            tokens = torch.cat([tokens, tokens[:1].expand(spare)])
-            gate, up = (gate_up[expert] @ hidden_states[tokens].T).chunk(2)  # (F, n), (F, n)
-            part = down[expert] @ (experts.act_fn(gate) * up) * weight  # (D, n)
-            out.index_add_(0, tokens, part.T)
-    return out
-
-
 def is_few(experts: nn.Module, top_k_index: torch.Tensor) -> bool:
     """Whether there are at most E pairs of token and expert, as when text is generated."""
     return 0 < top_k_index.numel() <= experts.num_experts
+
+
+def is_large(experts: nn.Module) -> bool:
+    """Whether one expert has so many weights that multiplying them is most of the work."""
+    return experts.down_proj[0].numel() >= LARGE
 
 
 def can_group(experts: nn.Module, dtype: torch.dtype) -> bool:
@@ -130,10 +108,10 @@ def experts_by_shape(
 ) -> torch.Tensor:
     """Compute experts in the way that is fastest for device and number of tokens.
 
-    On a CPU the loop wins for single tokens, and products with columns of tokens for many; with
-    gradients grouped products win where they can be used (`benchmarks/moe_block.py`). Elsewhere
-    transformers' own rule holds: grouped products, and for the few tokens of a generation step
-    batched ones, which copy the weights of each chosen expert.
+    On a CPU the loop wins for single tokens, and for more of them products with columns of tokens
+    where experts are large (`benchmarks/moe_block.py`). Elsewhere transformers' own rule holds:
+    grouped products, and for the few tokens of a generation step batched ones, which copy the
+    weights of each chosen expert.
 
     Args:
         experts: a module with `gate_up_proj` (E, 2F, D) and `down_proj` (E, D, F).
@@ -149,13 +127,18 @@ def experts_by_shape(
         way = batched_mm_experts_forward
     elif few:
         way = one_by_one
-    elif on_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    elif on_cpu and is_large(experts) and not _is_changed_by_torch():
         way = in_columns
     elif not can_group(experts, hidden_states.dtype):
         way = one_by_one
     else:
         way = grouped_mm_experts_forward
     return way(experts, hidden_states, top_k_index, top_k_weights)
+
+
+def _is_changed_by_torch() -> bool:
+    """Whether products will be compiled, or computed in another dtype than they are written in."""
+    return torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
 
 
 class ChoosesExperts:

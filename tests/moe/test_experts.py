@@ -7,7 +7,8 @@ from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 from cephalo_lite import Phi3VMoeConfig
 from cephalo_lite.moe import MoeBlock
-from cephalo_lite.moe.experts import experts_by_shape, in_columns, is_few, one_by_one
+from cephalo_lite.moe.columns import COLUMNS, in_columns
+from cephalo_lite.moe.experts import experts_by_shape, is_few, one_by_one
 
 WAYS = ["cephalo", "eager", "grouped_mm", "batched_mm"]
 
@@ -95,7 +96,7 @@ def test_few_means_no_more_pairs_than_experts():
 
 
 def test_the_way_follows_the_shape(monkeypatch):
-    """On a CPU: the loop for single tokens, columns for many, grouped products to learn."""
+    """On a CPU: the loop for single tokens, columns for many and large experts, else grouped."""
     from cephalo_lite.moe import experts as module
 
     taken = []
@@ -106,16 +107,25 @@ def test_the_way_follows_the_shape(monkeypatch):
         monkeypatch.setattr(module, name, spy)
     block, hidden = make_block(3, 1, 40)
     routed = block.gating_layer(hidden)
-    for tokens, grad in ((40, False), (1, False), (40, True), (1, True)):
-        with torch.set_grad_enabled(grad):
-            index, weights = routed.chosen[:tokens], routed.weights[:tokens]
-            experts_by_shape(block.experts, hidden[:tokens], index, weights)
-    assert taken == ["in_columns", "one_by_one", "grouped_mm_experts_forward", "one_by_one"]
+
+    def compute(tokens: int = 40) -> torch.Tensor:
+        index, weights = routed.chosen[:tokens], routed.weights[:tokens]
+        return experts_by_shape(block.experts, hidden[:tokens], index, weights)
+
+    compute(1)
+    small = compute()
+    monkeypatch.setattr(module, "LARGE", block.experts.down_proj[0].numel())
+    torch.testing.assert_close(compute(), small)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(compute().float(), small, rtol=0.05, atol=0.05)
+    grouped = "grouped_mm_experts_forward"
+    assert taken == ["one_by_one", grouped, "in_columns", grouped]
 
 
-@pytest.mark.parametrize("tokens", [5, 8, 41])
+@pytest.mark.parametrize("tokens", [5, COLUMNS, 41])
 @pytest.mark.parametrize("k", [1, 2])
-def test_columns_that_fill_a_group_up_count_for_nothing(tokens, k):
+def test_columns_give_what_the_loop_gives(tokens, k):
+    """Outputs and all gradients; the columns that fill a group up count for nothing."""
     block, hidden = make_block(3, k, tokens)
     routed = block.gating_layer(hidden)
     tensors = [hidden.requires_grad_(), block.experts.gate_up_proj, block.experts.down_proj]
@@ -126,6 +136,69 @@ def test_columns_that_fill_a_group_up_count_for_nothing(tokens, k):
         found.append([out, *torch.autograd.grad((out**2).sum(), [*tensors, weights])])
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def nan_where_nothing_was_written():
+    """Make torch fill memory that it hands out empty."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def column_inputs(experts: int = 3) -> tuple:
+    """An MLP block's experts in float64, 11 tokens, choices that leave out the last, weights."""
+    block, hidden = make_block(experts, 2, 11, width=6, inner=5)
+    chosen = torch.arange(22).remainder(experts - 1).view(11, 2)
+    weights = torch.rand(11, 2, dtype=torch.float64, requires_grad=True)
+    return block.double().experts, hidden.double().requires_grad_(), chosen, weights
+
+
+def test_the_derivative_in_columns_is_that_of_small_steps(nan_where_nothing_was_written):
+    """In float64, with an expert that no token chose."""
+    experts, hidden, chosen, weights = column_inputs()
+    gate_up, down = experts.gate_up_proj, experts.down_proj
+    assert torch.autograd.gradcheck(
+        lambda *_: in_columns(experts, hidden, chosen, weights), (hidden, weights, gate_up, down)
+    )
+    in_columns(experts, hidden, chosen, weights).sum().backward()
+    assert not gate_up.grad[-1].any() and not down.grad[-1].any()
+    assert all(gate_up.grad[e].any() and down.grad[e].any() for e in range(2))
+
+
+@pytest.mark.parametrize("learns", ["hidden", "weights", "gate_up_proj", "down_proj", None])
+def test_only_what_learns_gets_a_gradient_in_columns(learns):
+    experts, hidden, chosen, weights = column_inputs()
+    want = dict(experts.named_parameters(), hidden=hidden, weights=weights)
+    out = in_columns(experts, hidden, chosen, weights)
+    full = dict(zip(want, torch.autograd.grad(out.sum(), want.values()), strict=True))
+    for name, tensor in want.items():
+        tensor.requires_grad_(name == learns)
+    out = in_columns(experts, hidden, chosen, weights)
+    assert out.requires_grad == (learns is not None)
+    if learns:
+        (found,) = torch.autograd.grad(out.sum(), [want[learns]])
+        torch.testing.assert_close(found, full[learns], rtol=0, atol=0)
+
+
+def test_checkpointing_frees_what_columns_keep():
+    """What is kept for the way back goes through autograd's own hooks, and is computed again."""
+    experts, hidden, chosen, weights = column_inputs()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (kept.append(t.shape), t)[1], lambda t: t
+    ):
+        out = in_columns(experts, hidden, chosen, weights)
+    assert kept.count(torch.Size([5, 16])) == 4  # gate and up of two experts, 11 tokens filled up
+    again = torch.utils.checkpoint.checkpoint(
+        in_columns, experts, hidden, chosen, weights, use_reentrant=False
+    )
+    for one, two in zip(
+        torch.autograd.grad(out.sum(), [hidden, weights]),
+        torch.autograd.grad(again.sum(), [hidden, weights]),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
 def test_widths_that_grouped_products_refuse():
