@@ -30,7 +30,7 @@ def in_columns(
     Args:
         experts: a module with `gate_up_proj` (E, 2F, D), `down_proj` (E, D, F) and `act_fn`.
         hidden_states: (N, D).
-        top_k_index: (N, K) numbers of the chosen experts; numbers of E and more choose none.
+        top_k_index: (N, K) numbers of the chosen experts; E counts for nothing.
         top_k_weights: (N, K).
 
     Returns:

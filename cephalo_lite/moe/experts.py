@@ -43,7 +43,8 @@ class Phi3VExperts(nn.Module):
 
         Args:
             hidden_states: (N, D).
-            top_k_index: (N, K) numbers of the chosen experts.
+            top_k_index: (N, K) numbers of the chosen experts; where experts lie apart, E stands for
+                one in another process and counts for nothing.
             top_k_weights: (N, K).
 
         Returns:
@@ -61,27 +62,40 @@ def one_by_one(
     """Each expert on the tokens that chose it; arguments as in `Phi3VExperts.forward`."""
     # unbind, not indexing: the gradient of the weights is then written once, not once per expert
     gate_up, down = experts.gate_up_proj.unbind(), experts.down_proj.unbind()
-
-    def mlp(tokens: torch.Tensor, expert: int) -> torch.Tensor:
-        gate, up = nn.functional.linear(tokens, gate_up[expert]).chunk(2, dim=-1)  # (n, F), (n, F)
-        return nn.functional.linear(experts.act_fn(gate) * up, down[expert])  # (n, D)
-
     weights = top_k_weights.to(hidden_states.dtype)
-    if top_k_index.numel() == 1:  # a step of generation with one expert per token
-        return mlp(hidden_states, int(top_k_index)) * weights
-    if is_few(experts, top_k_index):  # sorting would cost more than it saves
-        tokens, each = hidden_states.split(1), top_k_index.shape[1]
-        chosen = enumerate(top_k_index.flatten().tolist())
-        pairs = torch.cat([mlp(tokens[pair // each], expert) for pair, expert in chosen])
-        pairs = pairs * weights.view(-1, 1)  # (N * K, D)
-        return pairs if each == 1 else pairs.unflatten(0, (-1, each)).sum(dim=1)
     out = torch.zeros_like(hidden_states)  # (N, D)
     for expert in range(experts.num_experts):
         tokens, slots = torch.where(top_k_index == expert)  # (n,), (n,)
         if len(tokens):
-            part = mlp(hidden_states[tokens], expert) * weights[tokens, slots, None]  # (n, D)
-            out.index_add_(0, tokens, part)
+            gate, up = nn.functional.linear(hidden_states[tokens], gate_up[expert]).chunk(2, dim=-1)
+            part = nn.functional.linear(experts.act_fn(gate) * up, down[expert])  # (n, D)
+            out.index_add_(0, tokens, part * weights[tokens, slots, None])
     return out
+
+
+def token_by_token(
+    experts: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """Each token through its experts, for few tokens, which need no sorting; arguments as above."""
+    gate_up, down = experts.gate_up_proj.unbind(), experts.down_proj.unbind()
+    weights = top_k_weights.to(hidden_states.dtype)
+    outs = []
+    for number, chosen in enumerate(top_k_index.tolist()):
+        token, out = hidden_states[number : number + 1], None  # (1, D)
+        for slot, expert in enumerate(chosen):
+            if expert >= len(down):  # it is in another process
+                continue
+            gate, up = nn.functional.linear(token, gate_up[expert]).chunk(2, dim=-1)  # (1, F) each
+            inner = experts.act_fn(gate) * up * weights[number, slot]
+            if out is None:
+                out = nn.functional.linear(inner, down[expert])
+            else:
+                out = torch.addmm(out, inner, down[expert].T)
+        outs.append(torch.zeros_like(token) if out is None else out)
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 def is_few(experts: nn.Module, top_k_index: torch.Tensor) -> bool:
@@ -108,8 +122,8 @@ def experts_by_shape(
 ) -> torch.Tensor:
     """Compute experts in the way that is fastest for device and number of tokens.
 
-    On a CPU the loop wins for single tokens, and for more of them products with columns of tokens
-    where experts are large (`benchmarks/moe_block.py`). Elsewhere transformers' own rule holds:
+    On a CPU few tokens go one after another; for many, products with columns of tokens win where
+    experts are large (`benchmarks/moe_block.py`). Elsewhere transformers' own rule holds:
     grouped products, and for the few tokens of a generation step batched ones, which copy the
     weights of each chosen expert.
 
@@ -126,7 +140,7 @@ def experts_by_shape(
     if few and (not on_cpu or torch.compiler.is_compiling()):
         way = batched_mm_experts_forward
     elif few:
-        way = one_by_one
+        way = token_by_token
     elif on_cpu and is_large(experts) and not _is_changed_by_torch():
         way = in_columns
     elif not can_group(experts, hidden_states.dtype):

@@ -8,7 +8,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3MLP
 from cephalo_lite import Phi3VMoeConfig
 from cephalo_lite.moe import MoeBlock
 from cephalo_lite.moe.columns import COLUMNS, in_columns
-from cephalo_lite.moe.experts import experts_by_shape, is_few, one_by_one
+from cephalo_lite.moe.experts import experts_by_shape, is_few, one_by_one, token_by_token
 
 WAYS = ["cephalo", "eager", "grouped_mm", "batched_mm"]
 
@@ -96,11 +96,12 @@ def test_few_means_no_more_pairs_than_experts():
 
 
 def test_the_way_follows_the_shape(monkeypatch):
-    """On a CPU: the loop for single tokens, columns for many and large experts, else grouped."""
+    """On a CPU: token by token for few, columns for many and large experts, else grouped."""
     from cephalo_lite.moe import experts as module
 
     taken = []
-    ways = ("one_by_one", "in_columns", "grouped_mm_experts_forward", "batched_mm_experts_forward")
+    grouped = "grouped_mm_experts_forward"
+    ways = ("token_by_token", "one_by_one", "in_columns", grouped, "batched_mm_experts_forward")
     for name in ways:
         real = getattr(module, name)
         spy = lambda *args, real=real, name=name: (taken.append(name), real(*args))[1]  # noqa: E731
@@ -118,24 +119,35 @@ def test_the_way_follows_the_shape(monkeypatch):
     torch.testing.assert_close(compute(), small)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(compute().float(), small, rtol=0.05, atol=0.05)
-    grouped = "grouped_mm_experts_forward"
-    assert taken == ["one_by_one", grouped, "in_columns", grouped]
+    assert taken == ["token_by_token", grouped, "in_columns", grouped]
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize("tokens", [5, COLUMNS, 41])
 @pytest.mark.parametrize("k", [1, 2])
-def test_columns_give_what_the_loop_gives(tokens, k):
-    """Outputs and all gradients; the columns that fill a group up count for nothing."""
-    block, hidden = make_block(3, k, tokens)
-    routed = block.gating_layer(hidden)
-    tensors = [hidden.requires_grad_(), block.experts.gate_up_proj, block.experts.down_proj]
+@pytest.mark.parametrize("way", [in_columns, token_by_token])
+def test_ways_give_what_the_loop_gives(way, k, tokens, elsewhere):
+    """Outputs and all gradients, also where one of four experts is in another process.
+
+    Columns that fill a group up count for nothing.
+    """
+    block, hidden = make_block(4 if elsewhere else 3, k, tokens)
+    block, hidden = block.double(), hidden.double()
+    routed, experts = block.gating_layer(hidden), block.experts
+    if elsewhere:  # transformers gives it the number E and the weight 0
+        experts.num_experts = 3
+        for name in ("gate_up_proj", "down_proj"):
+            setattr(experts, name, torch.nn.Parameter(getattr(experts, name)[:3].detach()))
+        routed = routed._replace(weights=routed.weights.masked_fill(routed.chosen == 3, 0.0))
+        assert (routed.chosen == 3).any()
+    tensors = [hidden.requires_grad_(), experts.gate_up_proj, experts.down_proj]
     found = []
-    for way in (one_by_one, in_columns):
-        weights = routed.weights.detach().requires_grad_()
-        out = way(block.experts, hidden, routed.chosen, weights)
+    for one_way in (one_by_one, way):
+        weights = routed.weights.detach().double().requires_grad_()
+        out = one_way(experts, hidden, routed.chosen, weights)
         found.append([out, *torch.autograd.grad((out**2).sum(), [*tensors, weights])])
     for one, two in zip(*found, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one, two)
 
 
 @pytest.fixture
