@@ -166,9 +166,13 @@ def column_inputs(experts: int = 3) -> tuple:
     return block.double().experts, hidden.double().requires_grad_(), chosen, weights
 
 
-def test_the_derivative_in_columns_is_that_of_small_steps(nan_where_nothing_was_written):
-    """In float64, with an expert that no token chose."""
+@pytest.mark.parametrize("activation", [torch.nn.SiLU(), torch.nn.Identity()])
+def test_the_derivative_in_columns_is_that_of_small_steps(
+    activation, nan_where_nothing_was_written
+):
+    """In float64, with an expert that no token chose; identity returns what it was given."""
     experts, hidden, chosen, weights = column_inputs()
+    experts.act_fn = activation
     gate_up, down = experts.gate_up_proj, experts.down_proj
     assert torch.autograd.gradcheck(
         lambda *_: in_columns(experts, hidden, chosen, weights), (hidden, weights, gate_up, down)
