@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -177,9 +176,9 @@ def test_readme_tables_are_up_to_date(tmp_path):
     readme, results = (ROOT / "README.md").read_text(encoding="utf-8"), ROOT / "results"
     git = ["git", "-C", str(ROOT)]
     if subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "README.md"]).returncode == 0:
-        archive = subprocess.run([*git, "archive", "HEAD", "results"], capture_output=True)
-        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as committed:
-            committed.extractall(tmp_path, filter="data")
+        archive = [*git, "archive", "--format=zip", "HEAD", "results"]
+        with zipfile.ZipFile(io.BytesIO(subprocess.check_output(archive))) as committed:
+            committed.extractall(tmp_path)
         results = tmp_path / "results"
     fresh = readme_tables().render(readme, results)
     assert fresh == readme, f"run {Path(sys.executable).name} benchmarks/readme_tables.py"
