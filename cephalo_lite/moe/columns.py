@@ -70,8 +70,9 @@ class _Columns(torch.autograd.Function):
             x = hidden[tokens].T  # (D, n)
             w_g, w_u = gate_up[expert].chunk(2)  # (F, D) each
             g, u = w_g @ x, w_u @ x  # (F, n) each
-            y = down[expert] @ (act_fn(g) * u)  # (D, n)
-            out.index_add_(0, tokens, y.mul_(w).T)
+            a = act_fn(g)  # may be g itself, which is kept
+            a = a * u if learns else a.mul_(u)
+            out.index_add_(0, tokens, (down[expert] @ a).mul_(w).T)
             if learns:
                 kept += (g, u)
         ctx.save_for_backward(hidden, weights, gate_up, down, *kept)
