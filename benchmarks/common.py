@@ -12,6 +12,7 @@ import ctypes
 import gc
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -62,7 +63,7 @@ def keep_memory() -> None:
     Otherwise every step gets new pages for its large tensors, and on a virtual machine the time of
     getting them can be a quarter of a training step.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
@@ -82,7 +83,7 @@ def side_by_side(
         contestants: name → what to time.
         repetitions: rounds.
         least_seconds: a run repeats a short function until it should take this long, and its time
-            is divided; 0 for functions that are long enough.
+            is divided, and goes once untimed before that; 0 for functions that are long enough.
         title: of the progress bar.
         silent: no progress bar.
         warm_up: call each once before the first round.

@@ -47,6 +47,7 @@ class _Columns(torch.autograd.Function):
 
     Of one expert's n tokens x (D, n) with weights w (n,), an output y = w · W_d a (D, n) is
     computed from a = act(g) u (F, n), g = W_g x and u = W_u x. Kept for the way back are g and u.
+    An expert without tokens needs no case of its own: products over no columns are zeros.
     """
 
     @staticmethod
@@ -64,8 +65,6 @@ class _Columns(torch.autograd.Function):
         kept: list[torch.Tensor] = []
         out = torch.zeros_like(hidden)
         for expert, (tokens, slots) in enumerate(pairs):
-            if not len(tokens):
-                continue
             tokens, w = _filled(tokens, weights[tokens, slots])
             x = hidden[tokens].T  # (D, n)
             w_g, w_u = gate_up[expert].chunk(2)  # (F, D) each
@@ -89,16 +88,9 @@ class _Columns(torch.autograd.Function):
         d_weights = torch.zeros_like(weights) if for_weights else None
         d_gate_up = torch.empty_like(gate_up) if for_gate_up else None
         d_down = torch.empty_like(down) if for_down else None
-        kept = iter(kept)
         for expert, (chosen, slots) in enumerate(ctx.pairs):
-            if not len(chosen):
-                if for_gate_up:
-                    d_gate_up[expert].zero_()
-                if for_down:
-                    d_down[expert].zero_()
-                continue
             tokens, w = _filled(chosen, weights[chosen, slots])
-            g, u = next(kept).detach().requires_grad_(), next(kept)  # (F, n) each
+            g, u = kept[2 * expert].detach().requires_grad_(), kept[2 * expert + 1]  # (F, n) each
             with torch.enable_grad():
                 act = ctx.act_fn(g)
             a = act.detach() * u

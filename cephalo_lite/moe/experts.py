@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
@@ -60,16 +62,13 @@ def one_by_one(
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
     """Each expert on the tokens that chose it; arguments as in `Phi3VExperts.forward`."""
-    # unbind, not indexing: the gradient of the weights is then written once, not once per expert
-    gate_up, down = experts.gate_up_proj.unbind(), experts.down_proj.unbind()
-    weights = top_k_weights.to(hidden_states.dtype)
+    mlp, weights = _mlps(experts), top_k_weights.to(hidden_states.dtype)
     out = torch.zeros_like(hidden_states)  # (N, D)
     for expert in range(experts.num_experts):
         tokens, slots = torch.where(top_k_index == expert)  # (n,), (n,)
         if len(tokens):
-            gate, up = nn.functional.linear(hidden_states[tokens], gate_up[expert]).chunk(2, dim=-1)
-            part = nn.functional.linear(experts.act_fn(gate) * up, down[expert])  # (n, D)
-            out.index_add_(0, tokens, part * weights[tokens, slots, None])
+            part = mlp(hidden_states[tokens], expert) * weights[tokens, slots, None]  # (n, D)
+            out.index_add_(0, tokens, part)
     return out
 
 
@@ -80,22 +79,28 @@ def token_by_token(
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
     """Each token through its experts, for few tokens, which need no sorting; arguments as above."""
-    gate_up, down = experts.gate_up_proj.unbind(), experts.down_proj.unbind()
-    weights = top_k_weights.to(hidden_states.dtype)
+    mlp, weights = _mlps(experts), top_k_weights.to(hidden_states.dtype)
     outs = []
     for number, chosen in enumerate(top_k_index.tolist()):
         token, out = hidden_states[number : number + 1], None  # (1, D)
         for slot, expert in enumerate(chosen):
-            if expert >= len(down):  # it is in another process
-                continue
-            gate, up = nn.functional.linear(token, gate_up[expert]).chunk(2, dim=-1)  # (1, F) each
-            inner = experts.act_fn(gate) * up * weights[number, slot]
-            if out is None:
-                out = nn.functional.linear(inner, down[expert])
-            else:
-                out = torch.addmm(out, inner, down[expert].T)
+            if expert < experts.num_experts:  # else it is in another process
+                part = mlp(token, expert) * weights[number, slot]
+                out = part if out is None else out + part
         outs.append(torch.zeros_like(token) if out is None else out)
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
+    return torch.cat(outs)
+
+
+def _mlps(experts: nn.Module) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """The experts as one function of tokens (n, D) and the number of an expert."""
+    # unbind, not indexing: the gradient of the weights is then written once, not once per expert
+    gate_up, down = experts.gate_up_proj.unbind(), experts.down_proj.unbind()
+
+    def mlp(tokens: torch.Tensor, expert: int) -> torch.Tensor:
+        gate, up = nn.functional.linear(tokens, gate_up[expert]).chunk(2, dim=-1)  # (n, F), (n, F)
+        return nn.functional.linear(experts.act_fn(gate) * up, down[expert])  # (n, D)
+
+    return mlp
 
 
 def is_few(experts: nn.Module, top_k_index: torch.Tensor) -> bool:
